@@ -1,0 +1,50 @@
+# Everything runs in .venv, made on first use and reused while pyproject.toml stays as it is.
+PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3))
+# `parity` brings the PyTorch reference; leave it out where no CPU build of torch can be had:
+# make test EXTRAS=dev
+EXTRAS ?= dev,parity
+
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --editable
+
+.PHONY: help demo test test-quick lint format clean
+
+help:
+	@echo "make demo        train, convert and run a small GLM-5 on this machine (about 5 minutes)"
+	@echo "make test        lint, types and all tests"
+	@echo "make test-quick  tests only, without those marked slow"
+	@echo "make format      format the code"
+	@echo "make clean       remove .venv and build"
+
+.venv/pyvenv.cfg:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv .venv
+
+.venv/.run: .venv/pyvenv.cfg pyproject.toml
+	$(INSTALL) '.[train,serve]'
+	@touch $@
+
+.venv/.dev: .venv/pyvenv.cfg pyproject.toml
+	$(INSTALL) '.[$(EXTRAS)]'
+	@touch $@ .venv/.run
+
+demo: .venv/.run
+	$(BIN)/python -m benchmarks.demo
+
+lint: .venv/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -n auto
+
+test-quick: .venv/.dev
+	$(BIN)/python -m pytest -n auto -m 'not slow'
+
+format: .venv/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv build

@@ -1,0 +1,46 @@
+"""JSON from untrusted files: duplicate keys and non-finite numbers are errors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from glm5_jax.errors import InputError
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise InputError(f"key {key!r} stands twice")
+        result[key] = value
+    return result
+
+
+def _constant(text: str) -> Any:
+    raise InputError(f"number {text} is not finite")
+
+
+def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
+    """Parses a JSON object; `where` names the source in errors.
+
+    Raises:
+      InputError: the text is not one JSON object with unique keys and finite numbers.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object from a file; raises `InputError` as `parse_json` does."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    return parse_json(text, str(path))

@@ -1,0 +1,27 @@
+"""Eight CPU devices, no dtype promoted without being asked for, repeatable property tests.
+
+Tests spend their time compiling, not computing, so the compiler is told not to try hard.
+"""
+
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+)
+
+import hypothesis
+import jax
+import pytest
+
+# Compiling makes the first example slow whatever the test does.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion() -> Iterator[None]:
+    with jax.numpy_dtype_promotion("strict"):
+        yield
