@@ -1,0 +1,291 @@
+"""The published `config.json`: read into a `Config`, and written from one.
+
+Every key that changes the model is either understood or an error that names it; keys that do not
+change it are listed once for the reader.
+"""
+
+import json
+import math
+import operator
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from glm5_jax.config import Config, IndexerConfig, MlaConfig, MoeConfig
+from glm5_jax.errors import InputError
+from glm5_jax.layers import LayerKind
+from glm5_jax.strict_json import read_json
+
+_REQUIRED = object()
+_LARGEST_SIZE = 2**24  # no size of this family comes near; a larger one is a damaged file
+_MOST_LAYERS = 512
+
+# Published key -> place in `Config`, and what an absent key means (transformers' default).
+_SIZES: dict[str, tuple[str, Any]] = {
+    "vocab_size": ("vocab_size", _REQUIRED),
+    "hidden_size": ("dim", _REQUIRED),
+    "intermediate_size": ("dense_ffn", _REQUIRED),
+    "num_attention_heads": ("mla.num_heads", _REQUIRED),
+    "q_lora_rank": ("mla.q_rank", _REQUIRED),
+    "kv_lora_rank": ("mla.kv_rank", _REQUIRED),
+    "qk_nope_head_dim": ("mla.nope_dim", _REQUIRED),
+    "qk_rope_head_dim": ("mla.rope_dim", _REQUIRED),
+    "v_head_dim": ("mla.value_dim", _REQUIRED),
+    "index_n_heads": ("indexer.num_heads", _REQUIRED),
+    "index_head_dim": ("indexer.head_dim", _REQUIRED),
+    "index_topk": ("indexer.topk", _REQUIRED),
+    "n_routed_experts": ("moe.num_experts", _REQUIRED),
+    "num_experts_per_tok": ("moe.experts_per_token", _REQUIRED),
+    "moe_intermediate_size": ("moe.ffn", _REQUIRED),
+    "n_shared_experts": ("moe.num_shared_experts", 1),
+    "n_group": ("moe.num_groups", 1),
+    "topk_group": ("moe.groups_per_token", 1),
+    "max_position_embeddings": ("max_positions", 202752),
+}
+_NUMBERS: dict[str, tuple[str, float]] = {
+    "rms_norm_eps": ("norm_eps", 1e-5),
+    "mla_norm_eps": ("mla.norm_eps", 1e-5),
+    "routed_scaling_factor": ("moe.gate_scale", 2.5),
+    "initializer_range": ("init_std", 0.02),
+}
+_FLAGS: dict[str, tuple[str, bool]] = {
+    "indexer_rope_interleave": ("indexer.rope_interleave", True),
+    "norm_topk_prob": ("moe.normalize_gates", True),
+    "index_share_for_mtp_iteration": ("mtp_shares_selection", False),
+}
+
+# Keys with one supported value: another one would be a different model.
+_FIXED: dict[str, Any] = {
+    "attention_bias": False,
+    "attention_dropout": 0,
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "moe_layer_freq": 1,
+    "moe_router_dtype": "float32",
+    "rope_interleave": True,
+    "rope_scaling": None,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+}
+
+# Keys of the published files and of transformers' exports that do not change the model.
+# `head_dim` is among them on purpose: it is 64 in GLM-5 and 192 in GLM-5.2, and RoPE rotates
+# `qk_rope_head_dim` in both.
+_HARMLESS = {
+    "_name_or_path", "architectures", "bos_token_id", "chunk_size_feed_forward", "ep_size",
+    "head_dim", "id2label", "is_encoder_decoder", "label2id", "output_attentions",
+    "output_hidden_states", "output_router_logits", "pretraining_tp", "problem_type",
+    "return_dict", "transformers_version", "use_cache",
+}  # fmt: skip
+
+
+class PublishedConfig(NamedTuple):
+    """A `config.json` as read."""
+
+    config: Config
+    raw: dict[str, Any]  # the file's own keys and values
+    unknown_keys: tuple[str, ...]  # keys that are neither used nor known to be harmless
+
+
+class _Keys:
+    """Typed access to the keys of a JSON object; remembers which were asked for."""
+
+    def __init__(self, raw: Mapping[str, Any]):
+        self.raw = raw
+        self.used: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.used.add(key)
+        value = self.raw.get(key, default)
+        if value is _REQUIRED:
+            raise InputError(f"{key} is missing")
+        return value
+
+    def integer(
+        self, key: str, default: Any = None, low: int = 1, high: int = _LARGEST_SIZE
+    ) -> int:
+        value = self.get(key, default)
+        if type(value) is not int or not low <= value <= high:
+            raise InputError(f"{key} is {value!r}, expected an integer from {low} to {high}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.get(key, default)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise InputError(f"{key} is {value!r}, expected a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.get(key, default)
+        if type(value) is not bool:
+            raise InputError(f"{key} is {value!r}, expected true or false")
+        return value
+
+    def names(self, key: str, legal: tuple[str, ...], count: int) -> list[str] | None:
+        """A list of `count` legal names; None where the key is absent or null."""
+        value = self.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or any(name not in legal for name in value):
+            raise InputError(f"{key} is {value!r:.80}, expected a list of {' or '.join(legal)}")
+        if len(value) != count:
+            raise InputError(f"{key} has {len(value)} entries, expected num_hidden_layers {count}")
+        return value
+
+    def fixed(self, key: str, expected: Any) -> None:
+        value = self.get(key, expected)
+        if value != expected:
+            raise InputError(
+                f"{key} is {value!r:.80}, which is not supported: expected {json.dumps(expected)}"
+            )
+
+
+def _mlp_kinds(keys: _Keys, count: int) -> list[Literal["dense", "moe"]]:
+    num_dense = keys.integer("first_k_dense_replace", 3, low=0)
+    listed = keys.names("mlp_layer_types", ("dense", "sparse"), count)
+    if listed is None:
+        return ["dense" if layer < num_dense else "moe" for layer in range(count)]
+    return ["dense" if name == "dense" else "moe" for name in listed]
+
+
+def _indexer_kinds(keys: _Keys, count: int) -> list[Literal["full", "shared"]]:
+    """Explicit list, then pattern of F and S, then frequency and offset (IndexShare)."""
+    pattern = keys.get("index_topk_pattern")
+    period = max(keys.integer("index_topk_freq", 1, low=0), 1)
+    offset = keys.integer("index_skip_topk_offset", 2, low=0)
+    listed = keys.names("indexer_types", ("full", "shared"), count)
+    if listed is not None:
+        return ["full" if name == "full" else "shared" for name in listed]
+    if pattern is None:
+        layers = range(count)
+        return ["shared" if max(i - offset + 1, 0) % period else "full" for i in layers]
+    if not isinstance(pattern, str) or len(pattern) != count or set(pattern) - {"F", "S"}:
+        raise InputError(f"index_topk_pattern is {pattern!r:.80}, expected {count} letters F or S")
+    return ["full" if letter == "F" else "shared" for letter in pattern]
+
+
+def _rope_theta(keys: _Keys) -> float:
+    """The RoPE base, which newer files nest in `rope_parameters`."""
+    nested = keys.get("rope_parameters")
+    if nested is None:
+        if "rope_theta" not in keys.raw:
+            raise InputError("rope_parameters is missing, expected its rope_theta")
+        return keys.number("rope_theta", 0.0)
+    if not isinstance(nested, dict):
+        raise InputError(f"rope_parameters is {nested!r:.80}, expected an object")
+    rope = _Keys(nested)
+    rope.fixed("rope_type", "default")
+    if "rope_theta" not in nested:
+        raise InputError("rope_parameters.rope_theta is missing")
+    theta = rope.number("rope_theta", 0.0)
+    for key in sorted(set(nested) - rope.used):
+        raise InputError(f"rope_parameters.{key} is {nested[key]!r:.80}, which is not supported")
+    keys.fixed("rope_theta", theta)
+    return theta
+
+
+def _token_ids(keys: _Keys, key: str) -> tuple[int, ...]:
+    value = keys.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(token) is not int or token < 0 for token in ids):
+        raise InputError(f"{key} is {value!r:.80}, expected a token id or a list of them")
+    return tuple(ids)
+
+
+def _stored_dtype(keys: _Keys) -> str:
+    legacy = keys.get("torch_dtype")
+    dtype = keys.get("dtype") or legacy or "bfloat16"
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise InputError(f"dtype is {dtype!r:.80}, expected float32, float16 or bfloat16")
+    return str(dtype)
+
+
+def parse_config(raw: dict[str, Any]) -> PublishedConfig:
+    """Turns the object of a `config.json` into a `Config`.
+
+    Raises:
+      InputError: a key has an illegal value, or one that this implementation does not support.
+    """
+    keys = _Keys(raw)
+    keys.fixed("model_type", "glm_moe_dsa")
+    for key, expected in _FIXED.items():
+        keys.fixed(key, expected)
+
+    values: dict[str, dict[str, Any]] = {"": {}, "mla": {}, "indexer": {}, "moe": {}}
+
+    def put(path: str, value: Any) -> None:
+        group, _, field = path.rpartition(".")
+        values[group][field] = value
+
+    for key, (path, default) in _SIZES.items():
+        put(path, keys.integer(key, default))
+    for key, (path, number) in _NUMBERS.items():
+        put(path, keys.number(key, number))
+    for key, (path, flag) in _FLAGS.items():
+        put(path, keys.flag(key, flag))
+
+    count = keys.integer("num_hidden_layers", _REQUIRED, high=_MOST_LAYERS)
+    kinds = zip(_mlp_kinds(keys, count), _indexer_kinds(keys, count), strict=True)
+    pad_ids = _token_ids(keys, "pad_token_id")
+    keys.names("layer_types", ("indexed_attention",), count)
+    quantization = keys.get("quantization_config")
+    if quantization is not None:
+        _Keys(quantization).fixed("quant_method", "fp8")
+    mla = MlaConfig(**values["mla"])
+    keys.fixed("num_key_value_heads", mla.num_heads)
+    keys.fixed("qk_head_dim", mla.nope_dim + mla.rope_dim)
+
+    config = Config(
+        **values[""],
+        layers=tuple(LayerKind(*kind) for kind in kinds),
+        mla=mla,
+        indexer=IndexerConfig(**values["indexer"]),
+        moe=MoeConfig(**values["moe"]),
+        num_mtp_layers=keys.integer("num_nextn_predict_layers", 0, low=0),
+        rope_theta=_rope_theta(keys),
+        eos_ids=_token_ids(keys, "eos_token_id"),
+        pad_id=pad_ids[0] if pad_ids else None,
+        dtype=_stored_dtype(keys),
+    )
+    unknown = tuple(sorted(set(raw) - keys.used - _HARMLESS))
+    return PublishedConfig(config, raw, unknown)
+
+
+def read_config(path: Path) -> PublishedConfig:
+    """Reads a `config.json`.
+
+    Raises:
+      InputError: the file is missing, is not JSON, or `parse_config` refuses it.
+    """
+    try:
+        return parse_config(read_json(path))
+    except InputError as error:
+        message = str(error)
+        raise InputError(message if str(path) in message else f"{path}: {message}") from None
+
+
+def config_to_json(config: Config) -> dict[str, Any]:
+    """The published form of a config; `parse_config` turns it back into an equal one."""
+    tables: tuple[dict[str, tuple[str, Any]], ...] = (_SIZES, _NUMBERS, _FLAGS)
+    fields = {
+        key: operator.attrgetter(path)(config)
+        for table in tables
+        for key, (path, _) in table.items()
+    }
+    return {
+        "architectures": ["GlmMoeDsaForCausalLM"],
+        "model_type": "glm_moe_dsa",
+        "dtype": config.dtype,
+        **fields,
+        "num_key_value_heads": config.mla.num_heads,
+        "qk_head_dim": config.mla.nope_dim + config.mla.rope_dim,
+        "num_hidden_layers": config.num_layers,
+        "mlp_layer_types": ["dense" if kind.mlp == "dense" else "sparse" for kind in config.layers],
+        "indexer_types": [kind.indexer for kind in config.layers],
+        "num_nextn_predict_layers": config.num_mtp_layers,
+        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "eos_token_id": list(config.eos_ids),
+        "pad_token_id": config.pad_id,
+        **{key: value for key, value in _FIXED.items() if value is not None},
+    }
