@@ -1,0 +1,83 @@
+"""Products with weights, accumulated in float32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def project(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """An einsum of two arrays of one dtype, accumulated in float32 and rounded once, to that dtype.
+
+    bfloat16 accumulation is what made absorbed attention loop on TPU v7x (sglang-jax #1462), and
+    XLA's CPU product with a bfloat16 result is about five times slower than with a float32 one.
+    """
+    return project_f32(subscripts, x, weight).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project_f32(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`project` with the result left in float32.
+
+    Gradients are rounded to the operands' dtype before they are multiplied in turn: left alone,
+    JAX would widen the operands of both backward products to float32.
+    """
+    if x.dtype == jnp.float32 or not _has_batch_axes(subscripts):
+        return _accumulated(subscripts, x, weight)
+    return jax.lax.platform_dependent(
+        x,
+        weight,
+        cpu=functools.partial(_widened, subscripts),
+        default=functools.partial(_accumulated, subscripts),
+    )
+
+
+def _accumulated(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, x, weight, preferred_element_type=jnp.float32)
+
+
+def _widened(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The same sums: XLA's CPU backend (0.10) refuses some batched products of bfloat16."""
+    return _accumulated(subscripts, x.astype(jnp.float32), weight.astype(jnp.float32))
+
+
+def _has_batch_axes(subscripts: str) -> bool:
+    operands, result = subscripts.split("->")
+    first, second = operands.split(",")
+    return bool(set(first) & set(second) & set(result))
+
+
+def _project_forward(
+    subscripts: str, x: jax.Array, weight: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return project_f32(subscripts, x, weight), (x, weight)
+
+
+def _project_backward(
+    subscripts: str, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, weight = saved
+    operands, result = subscripts.split("->")
+    x_axes, weight_axes = operands.split(",")
+    gradient = gradient.astype(x.dtype)
+    return (
+        project(f"{result},{weight_axes}->{x_axes}", gradient, weight),
+        project(f"{result},{x_axes}->{weight_axes}", gradient, x),
+    )
+
+
+project_f32.defvjp(_project_forward, _project_backward)
+
+
+def product_f32(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """An einsum computed wholly in float32, also where hardware would rather round its operands.
+
+    For the router and the indexer, whose results are compared and not only added: there the
+    rounding of an operand changes which experts and tokens are chosen.
+    """
+    return jnp.einsum(
+        subscripts,
+        x.astype(jnp.float32),
+        weight.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
