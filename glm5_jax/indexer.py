@@ -1,0 +1,163 @@
+"""The lightning indexer of DeepSeek sparse attention: which tokens each query attends to."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from glm5_jax.cache import Rows
+from glm5_jax.config import Config
+from glm5_jax.linear import product_f32, project
+from glm5_jax.norm import layer_norm
+from glm5_jax.params import bias, scale, weight
+from glm5_jax.places import Places, visible
+from glm5_jax.queries import block_length, map_queries
+from glm5_jax.rope import Rotation, rotate
+
+_KEY_NORM_EPS = 1e-6  # of every published model; not in the config
+# Up to here a product over all heads is small, and faster than reading the keys once per head.
+_FEW_QUERIES = 8
+
+
+class Selection(NamedTuple):
+    """The tokens each query attends to; computed by a full layer, used by the shared ones too.
+
+    Exact and deterministic: the K highest scores, the lowest slot first among equal ones.
+    """
+
+    index_BTK: jax.Array  # int32 slots
+    valid_BTK: jax.Array  # False where a query sees fewer than K tokens
+
+    def mask(self, num_slots: int) -> jax.Array:
+        """The same as BTS bool."""
+        batch, length, _ = self.index_BTK.shape
+        batch_B11 = jnp.arange(batch)[:, None, None]
+        query_T1 = jnp.arange(length)[:, None]
+        nothing_BTS = jnp.zeros((batch, length, num_slots), bool)
+        return nothing_BTS.at[batch_B11, query_T1, self.index_BTK].set(self.valid_BTK)
+
+    @classmethod
+    def nothing(cls, batch: int, length: int, topk: int) -> "Selection":
+        """A selection of no token."""
+        shape = (batch, length, topk)
+        return cls(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
+
+
+class Indexer(nnx.Module):
+    """Weights of one layer's indexer.
+
+    Source: DeepSeek-V3.2, arXiv:2512.02556, section 2.1; half-size rotary part in front.
+    """
+
+    def __init__(self, config: Config):
+        indexer = config.indexer
+        heads, width = indexer.num_heads, indexer.head_dim
+        self.config = indexer
+        self.rope_dim = config.mla.rope_dim
+        self.query = weight("index_heads index_dim q_rank", heads, width, config.mla.q_rank)
+        self.key = weight("index_dim embed", width, config.dim)
+        self.key_scale = scale("index_dim", width)
+        self.key_bias = bias("index_dim", width)
+        self.head_gate = weight("index_heads embed", heads, config.dim)
+
+    def keys(self, x_BTD: jax.Array, turn: Rotation) -> jax.Array:
+        """The index keys of tokens, BTJ; `x_BTD` is the layer's normalised input."""
+        key_BTJ = project("BTD,JD->BTJ", x_BTD, self.key)
+        normed_BTJ = layer_norm(key_BTJ, self.key_scale, self.key_bias, _KEY_NORM_EPS)
+        return self._rotated(normed_BTJ, turn)
+
+    def queries(self, latent_BTQ: jax.Array, turn: Rotation) -> jax.Array:
+        """The index queries, BTIJ, from the normalised query latent of the attention."""
+        return self._rotated(project("BTQ,IJQ->BTIJ", latent_BTQ, self.query), turn)
+
+    def gates(self, x_BTD: jax.Array) -> jax.Array:
+        """The signed weight of each head's score, BTI in float32, both score scales included."""
+        scale = self.config.num_heads**-0.5 * self.config.head_dim**-0.5
+        return product_f32("BTD,ID->BTI", x_BTD, self.head_gate) * scale
+
+    def _rotated(self, x: jax.Array, turn: Rotation) -> jax.Array:
+        """Rotates the first `rope_dim` dimensions: here they come first, in MLA last."""
+        rope, rest = jnp.split(x, [self.rope_dim], axis=-1)
+        rope = rotate(rope, turn, interleaved=self.config.rope_interleave)
+        return jnp.concatenate([rope, rest], axis=-1)
+
+    def select(
+        self,
+        x_BTD: jax.Array,
+        latent_BTQ: jax.Array,
+        keys: Rows,
+        turn: Rotation,
+        query_places: Places,
+        key_places: Places,
+    ) -> Selection | None:
+        """The `topk` visible tokens of highest score, per query.
+
+        Returns:
+          None where there are no more than `topk` slots: then every visible token is selected.
+        """
+        topk = self.config.topk
+        if keys.num_slots <= topk:
+            return None
+        # Selecting is not differentiable: the indexer learns from its own loss.
+        x_BTD, latent_BTQ = jax.lax.stop_gradient((x_BTD, latent_BTQ))
+        keys_BSJ = jax.lax.stop_gradient(keys.all())
+
+        def select_block(query_BTIJ: jax.Array, gate_BTI: jax.Array, places: Places) -> Selection:
+            scores_BTS = index_scores(query_BTIJ, keys_BSJ, gate_BTI)
+            masked_BTS = jnp.where(visible(places, key_places), scores_BTS, -jnp.inf)
+            highest_BTK, index_BTK = jax.lax.top_k(masked_BTS, topk)
+            return Selection(index_BTK, highest_BTK > -jnp.inf)
+
+        batch = x_BTD.shape[0]
+        length = block_length(bytes_per_query=3 * 4 * batch * keys.num_slots)
+        queries = (self.queries(latent_BTQ, turn), self.gates(x_BTD), query_places)
+        return map_queries(select_block, length, *queries)
+
+
+def index_scores(query_BTIJ: jax.Array, keys_BSJ: jax.Array, gate_BTI: jax.Array) -> jax.Array:
+    """The score of every token for every query: `sum_i gate_i relu(query_i . key)`.
+
+    Returns:
+      BTS float32.
+
+    Source: DeepSeek-V3.2, arXiv:2512.02556, equation 1.
+    """
+    if query_BTIJ.shape[1] <= _FEW_QUERIES:
+        return _scores_at_once(query_BTIJ, keys_BSJ, gate_BTI)
+    return _scores_by_head(query_BTIJ, keys_BSJ, gate_BTI)
+
+
+def _scores_at_once(query_BTIJ: jax.Array, keys_BSJ: jax.Array, gate_BTI: jax.Array) -> jax.Array:
+    """Reads the keys once, in the order they lie: an einsum would have them transposed on CPU."""
+    batch, num_queries, heads, width = query_BTIJ.shape
+    query_BMJ = query_BTIJ.reshape(batch, num_queries * heads, width)
+    head_BSM = jax.nn.relu(_exact_dot(keys_BSJ, query_BMJ))
+    head_BSTI = head_BSM.reshape(batch, -1, num_queries, heads)
+    return jnp.einsum("BSTI,BTI->BTS", head_BSTI, gate_BTI, precision=jax.lax.Precision.HIGHEST)
+
+
+def _scores_by_head(query_BTIJ: jax.Array, keys_BSJ: jax.Array, gate_BTI: jax.Array) -> jax.Array:
+    """Adds head to head, so that no [heads, queries, tokens] array exists."""
+
+    def add_head(
+        scores_BTS: jax.Array, head: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, None]:
+        query_BTJ, gate_BT = head
+        return scores_BTS + gate_BT[..., None] * jax.nn.relu(_exact_dot(query_BTJ, keys_BSJ)), None
+
+    batch, num_queries, _ = gate_BTI.shape
+    nothing_BTS = jnp.zeros((batch, num_queries, keys_BSJ.shape[1]), jnp.float32)
+    by_head = (jnp.moveaxis(query_BTIJ, 2, 0), jnp.moveaxis(gate_BTI, 2, 0))
+    return jax.lax.scan(add_head, nothing_BTS, by_head)[0]
+
+
+def _exact_dot(left: jax.Array, right: jax.Array) -> jax.Array:
+    """[B, X, J] and [B, Y, J] to [B, X, Y], no operand rounded: bfloat16 ones need not be."""
+    return jax.lax.dot_general(
+        left,
+        right,
+        (((2,), (2,)), ((0,), (0,))),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )

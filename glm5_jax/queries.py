@@ -1,0 +1,49 @@
+"""Work on long sequences done a block of queries at a time, so that memory stays linear."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+Result = TypeVar("Result")
+
+# What one block of queries may hold at once. Small enough for a share of a CPU's cache to matter,
+# large enough that an accelerator's matrix units are kept busy.
+BLOCK_BYTES = 32 * 2**20
+
+
+def block_length(bytes_per_query: int) -> int:
+    """How many queries fit a block."""
+    return max(1, BLOCK_BYTES // bytes_per_query)
+
+
+def map_queries(function: Callable[..., Result], length: int, *queries: Any) -> Result:
+    """Applies a function to blocks of queries, one after the other.
+
+    Args:
+      function: takes trees like `queries`, returns a tree; treats each query on its own.
+      length: queries in a block; a batch with no more is passed whole.
+      queries: trees of arrays with axes B, T, ...
+
+    Returns:
+      What `function(*queries)` would. Gradients recompute each block.
+    """
+    batch, num_queries = jax.tree.leaves(queries)[0].shape[:2]
+    if num_queries <= length:
+        return function(*queries)
+    num_blocks = -(-num_queries // length)
+    padding = num_blocks * length - num_queries
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, num_blocks, length, *x.shape[2:]), 1, 0)
+
+    def join(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, 1).reshape(batch, num_blocks * length, *x.shape[3:])
+        return x[:, :num_queries]
+
+    blocks = jax.lax.map(
+        jax.checkpoint(lambda block: function(*block)), jax.tree.map(split, queries)
+    )
+    return jax.tree.map(join, blocks)
