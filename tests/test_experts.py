@@ -1,0 +1,117 @@
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm5_jax.experts import Experts, apply_experts, dispatch
+from glm5_jax.params import initialize
+from tests.tiny import TINY, tiny_config
+
+CONFIG = tiny_config(TINY)
+E, D = CONFIG.moe.num_experts, CONFIG.dim
+ZERO = jnp.zeros((), jnp.int32)
+
+
+def dense(experts, x, expert_BTK, gate_BTK):
+    """Every expert on every token, most of them weighted by zero."""
+    hidden = jax.nn.silu(jnp.einsum("btd,efd->btef", x, experts.gate))
+    hidden = hidden * jnp.einsum("btd,efd->btef", x, experts.up)
+    outputs = jnp.einsum("btef,edf->bted", hidden, experts.down)
+    weight_BTE = jnp.sum(jax.nn.one_hot(expert_BTK, E) * gate_BTK[..., None], axis=2)
+    return jnp.einsum("bted,bte->btd", outputs, weight_BTE)
+
+
+def problem(num_tokens=50, choices=2, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    experts = initialize(Experts(CONFIG), keys[0], std=0.2)
+    x = jax.random.normal(keys[1], (2, num_tokens // 2, D))
+    _, chosen = jax.lax.top_k(jax.random.normal(keys[2], (*x.shape[:2], E)), choices)
+    return experts, x, chosen, jax.random.normal(keys[3], chosen.shape)
+
+
+@hypothesis.given(
+    st.integers(1, 30), st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**32 - 1)
+)
+@hypothesis.settings(max_examples=25)
+def test_dispatch_gives_every_choice_one_row_of_its_expert(tokens, choices, experts, seed):
+    chosen = np.random.default_rng(seed).integers(0, experts, (tokens, choices))
+    plan = dispatch(jnp.asarray(chosen, jnp.int32), experts)
+    rows = np.asarray(plan.row_TK)
+    assert len(np.unique(rows)) == tokens * choices
+    block = plan.token_GM.shape[1]
+    np.testing.assert_array_equal(np.asarray(plan.expert_G)[rows // block], chosen)
+    np.testing.assert_array_equal(
+        np.asarray(plan.token_GM).reshape(-1)[rows], np.arange(tokens)[:, None] + 0 * chosen
+    )
+    np.testing.assert_array_equal(
+        np.asarray(plan.choice_GM).reshape(-1)[rows], np.arange(choices) + 0 * chosen
+    )
+    assert np.all(rows // block < plan.num_used) and plan.num_used <= len(plan.expert_G)
+    assert np.sum(np.asarray(plan.token_GM) < tokens) == tokens * choices
+
+
+@pytest.mark.parametrize("num_tokens", [2, 50, 600])
+def test_output_equals_that_of_computing_every_expert(num_tokens):
+    args = problem(num_tokens)
+    experts, x, chosen, gates = args
+    actual = apply_experts(experts, ZERO, x, chosen, gates)
+    np.testing.assert_allclose(actual, dense(*args), atol=2e-4)
+
+
+@pytest.mark.parametrize("only", [0, 3, E - 1])
+def test_nothing_is_dropped_when_all_tokens_choose_one_expert(only):
+    experts, x, chosen, gates = problem(600, choices=1)
+    chosen = jnp.full_like(chosen, only)
+    actual = apply_experts(experts, ZERO, x, chosen, gates)
+    np.testing.assert_allclose(actual, dense(experts, x, chosen, gates), atol=2e-4)
+
+
+@pytest.mark.parametrize("num_tokens", [2, 50, 600])
+def test_gradients_equal_those_of_computing_every_expert(num_tokens):
+    experts, x, chosen, gates = problem(num_tokens)
+    weights = jax.random.normal(jax.random.key(9), x.shape)
+
+    def loss(function):
+        return lambda experts, x, gates: jnp.sum(weights * function(experts, x, gates))
+
+    actual = jax.grad(
+        loss(lambda e, x, g: apply_experts(e, ZERO, x, chosen, g)), argnums=(0, 1, 2)
+    )(experts, x, gates)
+    expected = jax.grad(loss(lambda e, x, g: dense(e, x, chosen, g)), argnums=(0, 1, 2))(
+        experts, x, gates
+    )
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.max(jnp.abs(b))) + 1e-5)
+
+
+def test_experts_that_no_token_chose_get_no_gradient():
+    experts, x, chosen, gates = problem(50)
+    chosen = chosen % 3
+    gradient = jax.grad(lambda e: jnp.sum(apply_experts(e, ZERO, x, chosen, gates)))(experts)
+    for leaf in jax.tree.leaves(gradient):
+        assert np.all(np.asarray(leaf)[3:] == 0) and np.any(np.asarray(leaf)[:3] != 0)
+
+
+def test_a_layer_finds_its_experts_among_those_of_several():
+    stacks = [problem(seed=seed)[0] for seed in range(3)]
+    in_a_row = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacks).in_a_row()
+    _, x, chosen, gates = problem()
+    for layer, experts in enumerate(stacks):
+        np.testing.assert_array_equal(
+            apply_experts(in_a_row, jnp.int32(layer * E), x, chosen, gates),
+            apply_experts(experts, ZERO, x, chosen, gates),
+        )
+
+
+def test_bfloat16_is_summed_in_float32():
+    experts, x, chosen, gates = problem(600)
+    rounded, x16 = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (experts, x))
+    actual = apply_experts(rounded, ZERO, x16, chosen, gates)
+    assert actual.dtype == jnp.bfloat16
+    widened, x32 = jax.tree.map(lambda a: a.astype(jnp.float32), (rounded, x16))
+    expected = dense(widened, x32, chosen, gates)
+    # one rounding of the hidden state and one of the result, each of 8 bits
+    scale = float(jnp.max(jnp.abs(expected)))
+    np.testing.assert_allclose(actual.astype(jnp.float32), expected, atol=scale * 2**-7)
