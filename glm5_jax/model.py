@@ -1,0 +1,144 @@
+"""GLM-5: embedding, segments of layers, final norm and head."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from glm5_jax.block import Report, Setting
+from glm5_jax.cache import KVCache, LayerCache, as_bits
+from glm5_jax.config import Config
+from glm5_jax.indexer import Selection
+from glm5_jax.linear import project_f32
+from glm5_jax.mtp import Mtp
+from glm5_jax.norm import rms_norm
+from glm5_jax.params import leaf_path, scale, weight
+from glm5_jax.places import Places
+from glm5_jax.rope import rotation
+from glm5_jax.segment import Observe, Segment, run_segment
+
+
+class Glm5(nnx.Module):
+    """The whole model. `Glm5(config)` is a blueprint; `params` makes arrays of it."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.embedding = weight("vocab embed", config.vocab_size, config.dim)
+        self.segments = nnx.List([Segment(plan, config) for plan in config.segments])
+        self.norm = scale("embed", config.dim)
+        self.head = weight("vocab embed", config.vocab_size, config.dim)
+        self.mtp = Mtp(config) if config.num_mtp_layers else None
+
+
+class Output(NamedTuple):
+    """What a forward pass returns."""
+
+    hidden_BTD: jax.Array  # after the final norm: for the head and for MTP
+    cache: KVCache | None
+    observed: tuple[tuple[Any, ...], ...]  # by segment and slot, stacked over the groups
+
+
+def observe_load(report: Report) -> Any:
+    """The default observation: how many tokens chose each expert."""
+    return report.load_E
+
+
+def forward(
+    model: Glm5,
+    tokens_BT: jax.Array,
+    places: Places,
+    cache: KVCache | None = None,
+    *,
+    remat: bool = False,
+    observe: Observe = observe_load,
+) -> Output:
+    """Runs all layers over a batch of tokens.
+
+    Args:
+      model: with arrays at its leaves, of one dtype but for those that are pinned to another.
+      tokens_BT: ids; those of padding count for nothing.
+      places: where the tokens stand. With a cache, the tokens of a row are of one sequence.
+      cache: of earlier tokens; the new ones are stored in the cache that is returned.
+      remat: for the gradient keep only the input of each group of layers, and compute the rest
+        again.
+      observe: what to return of every layer.
+
+    Returns:
+      The final hidden states, of which `logits` and `predict_ahead` make predictions, the cache,
+      and the observations.
+    """
+    config = model.config
+    setting = Setting(
+        query_places=places,
+        key_places=places if cache is None else cache.key_places(),
+        slot_BT=None if cache is None else cache.slots(places),
+        turn=rotation(places.position_BT, config.mla.rope_dim, config.rope_theta),
+    )
+    num_slots = setting.key_places.position_BT.shape[1]
+    topk = config.indexer.topk
+    batch, length = tokens_BT.shape
+    selection = Selection.nothing(batch, length, topk) if num_slots > topk else None
+    starts_shared = [plan.starts_shared for plan in config.segments] + [False]
+
+    x_BTD = model.embedding[tokens_BT]
+    segments: list[tuple[LayerCache, ...]] = []
+    observed = []
+    for number, segment in enumerate(model.segments):
+        x_BTD, selection, segment_caches, seen = run_segment(
+            segment,
+            x_BTD,
+            selection,
+            None if cache is None else cache.segments[number],
+            setting,
+            cache_dtype=x_BTD.dtype,
+            carry_selection=starts_shared[number] or starts_shared[number + 1],
+            remat=remat,
+            observe=observe,
+        )
+        segments += [] if segment_caches is None else [segment_caches]
+        observed.append(seen)
+    if cache is not None:
+        cache = KVCache(tuple(segments), cache.grown(places), cache.dtype)
+    hidden_BTD = rms_norm(x_BTD, model.norm, config.norm_eps)
+    return Output(hidden_BTD, cache, tuple(observed))
+
+
+def logits(model: Glm5, hidden_BTD: jax.Array) -> jax.Array:
+    """Scores of the next token, BTZ float32, from hidden states of the model or its MTP layer."""
+    return project_f32("BTD,ZD->BTZ", hidden_BTD, model.head)
+
+
+def predict_ahead(
+    model: Glm5, hidden_BTD: jax.Array, tokens_BT: jax.Array, places: Places, depth: int
+) -> list[tuple[jax.Array, Report]]:
+    """Applies the MTP layer `depth` times, each time seeing one token further.
+
+    Row i of depth d (from 1) predicts token i + 1 + d of the sequence; it is meaningful where
+    tokens i + 1 to i + d are of the same sequence as token i, and no such row sees one that is not.
+
+    Returns:
+      For each depth the hidden states, of which `logits` makes predictions, and the MTP layer's
+      report.
+
+    Source: DeepSeek-V3, arXiv:2412.19437, section 2.2, with one layer shared by all depths as in
+    GLM-5, arXiv:2602.15763, section 2.1.
+    """
+    if model.mtp is None:
+        raise ValueError("the model has no MTP layer")
+    config = model.config
+    turn = rotation(places.position_BT, config.mla.rope_dim, config.rope_theta)
+    setting = Setting(places, places, None, turn)
+    predictions = []
+    for _ in range(depth):
+        tokens_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
+        hidden_BTD, report = model.mtp(hidden_BTD, model.embedding[tokens_BT], setting)
+        predictions.append((hidden_BTD, report))
+    return predictions
+
+
+def for_decoding(model: Glm5) -> Glm5:
+    """The same model with its experts held as bits, as decoding on CPU needs (`cache.as_bits`)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, w: as_bits(w) if "experts" in leaf_path(keys).split(".") else w, model
+    )

@@ -1,0 +1,50 @@
+"""The multi-token prediction layer."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from glm5_jax.block import Block, Report, Setting
+from glm5_jax.config import Config
+from glm5_jax.experts import Experts
+from glm5_jax.linear import project
+from glm5_jax.norm import rms_norm
+from glm5_jax.params import scale, weight
+
+
+class Mtp(nnx.Module):
+    """Weights of the MTP layer; embedding and head are the main model's."""
+
+    def __init__(self, config: Config):
+        self.norm_eps = config.norm_eps
+        self.embedding_norm = scale("embed", config.dim)
+        self.hidden_norm = scale("embed", config.dim)
+        self.join = weight("embed joined", config.dim, 2 * config.dim)
+        self.block = Block(config.mtp_kind, config)
+        self.experts = Experts(config)
+        self.norm = scale("embed", config.dim)
+
+    def __call__(
+        self, hidden_BTD: jax.Array, embedded_BTD: jax.Array, setting: Setting
+    ) -> tuple[jax.Array, Report]:
+        """Moves hidden states one token ahead.
+
+        Args:
+          hidden_BTD: of the main model after its final norm, or of this layer one depth before.
+          embedded_BTD: the embedding of the token that each row sees next. Rows keep their own
+            positions.
+
+        Returns:
+          Hidden states after the layer's own final norm, once: for the head and the next depth.
+
+        Source: DeepSeek-V3, arXiv:2412.19437, equations 21 to 23. The published weights take the
+        embedding first and the hidden state second, unlike equation 21.
+        """
+        parts = (
+            rms_norm(embedded_BTD, self.embedding_norm, self.norm_eps),
+            rms_norm(hidden_BTD, self.hidden_norm, self.norm_eps),
+        )
+        joined_BTD = project("BTJ,DJ->BTD", jnp.concatenate(parts, axis=-1), self.join)
+        first_expert = jnp.zeros((), jnp.int32)
+        out_BTD, _, report = self.block(joined_BTD, self.experts, first_expert, None, None, setting)
+        return rms_norm(out_BTD, self.norm, self.norm_eps), report

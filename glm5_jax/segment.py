@@ -1,0 +1,105 @@
+"""A segment: equal groups of layers, run as one scan."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from glm5_jax.block import Block, Memory, Report, Setting
+from glm5_jax.cache import LayerCache, Rows
+from glm5_jax.config import Config
+from glm5_jax.experts import Experts
+from glm5_jax.indexer import Selection
+from glm5_jax.layers import SegmentPlan
+from glm5_jax.params import stacked
+
+# What to return of a layer, of all that can be seen of it.
+Observe = Callable[[Report], Any]
+
+
+class Segment(nnx.Module):
+    """Weights of `plan.count` groups: one stacked block for each slot of the group."""
+
+    def __init__(self, plan: SegmentPlan, config: Config):
+        self.plan = plan
+        self.layers = nnx.List([stacked(Block(kind, config), plan.count) for kind in plan.unit])
+        # Beside the layers: a scan hands out a layer's weights by copying them, which is right for
+        # all but the experts, of which decoding reads a few.
+        self.experts = nnx.List(
+            [
+                stacked(Experts(config), plan.count) if kind.mlp == "moe" else None
+                for kind in plan.unit
+            ]
+        )
+
+
+def run_segment(
+    segment: Segment,
+    x_BTD: jax.Array,
+    selection: Selection | None,
+    caches: tuple[LayerCache, ...] | None,
+    setting: Setting,
+    *,
+    cache_dtype: jnp.dtype,
+    carry_selection: bool,
+    remat: bool,
+    observe: Observe,
+) -> tuple[jax.Array, Selection | None, tuple[LayerCache, ...] | None, tuple[Any, ...]]:
+    """Runs a segment's layers.
+
+    Args:
+      selection: of the layer before the segment; None where every visible token is attended to.
+      caches: the segment's part of the cache, by slot; None in a pass without one.
+      carry_selection: whether a layer of another group needs a selection made in this one. It is
+        large, and a scan keeps what it carries for the gradient.
+
+    Returns:
+      BTD, the last selection (as given where it is not carried), the caches with the new tokens,
+      and by slot what was observed, stacked over the groups.
+    """
+    whole = [None if experts is None else experts.in_a_row() for experts in segment.experts]
+
+    def run_group(carry: Any, scanned: Any) -> tuple[Any, tuple[Any, ...]]:
+        x_BTD, selection, caches = carry
+        group, blocks, experts = scanned
+        updated, observed = [], []
+        for slot, block in enumerate(blocks):
+            if caches is None:
+                memory, own_experts, first = None, experts[slot], jnp.zeros((), jnp.int32)
+            else:
+                memory = _memory(caches[slot], group, cache_dtype)
+                own_experts = whole[slot]
+                first = group * (0 if own_experts is None else own_experts.num_experts)
+            x_BTD, memory, report = block(x_BTD, own_experts, first, memory, selection, setting)
+            selection = report.selection
+            updated.append(_stacks(memory))
+            observed.append(observe(report))
+        carried = (
+            x_BTD,
+            selection if carry_selection else None,
+            None if caches is None else tuple(updated),
+        )
+        return carried, tuple(observed)
+
+    if remat:
+        run_group = jax.checkpoint(run_group, prevent_cse=False)
+    start = (x_BTD, selection if carry_selection else None, caches)
+    groups = jnp.arange(segment.plan.count)
+    scanned = (groups, segment.layers, segment.experts if caches is None else None)
+    (x_BTD, last, caches), observed = jax.lax.scan(run_group, start, scanned)
+    return x_BTD, last if carry_selection else selection, caches, observed
+
+
+def _memory(cache: LayerCache, layer: jax.Array, dtype: jnp.dtype) -> Memory:
+    keys_LBSJ = cache.index_keys_LBSJ
+    return Memory(
+        Rows(cache.rows_LBSA, layer, dtype),
+        None if keys_LBSJ is None else Rows(keys_LBSJ, layer, dtype),
+    )
+
+
+def _stacks(memory: Memory) -> LayerCache:
+    keys = memory.index_keys
+    return LayerCache(memory.rows.stack_LBSA, None if keys is None else keys.stack_LBSA)

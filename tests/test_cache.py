@@ -1,0 +1,73 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm5_jax.cache import KVCache, Rows, as_bits, from_bits
+from glm5_jax.model import Glm5, for_decoding, forward
+from glm5_jax.params import abstract
+from glm5_jax.presets import load_preset
+from tests.tiny import SHARED, tiny_config
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_rows_come_back_as_they_were_written(dtype):
+    stack = jnp.zeros((3, 2, 9, 5), dtype)
+    rows = Rows(as_bits(stack), jnp.int32(1), jnp.dtype(dtype))
+    new = jax.random.normal(jax.random.key(0), (2, 4, 5)).astype(dtype)
+    slots = jnp.array([[0, 3, 8, 2], [7, 9, 1, 9]])  # 9 lies outside the capacity
+    written = rows.written(new, slots)
+    everything = written.all()
+    assert everything.dtype == dtype
+    np.testing.assert_array_equal(everything[0, np.array([0, 3, 8, 2])], new[0])
+    np.testing.assert_array_equal(everything[1, np.array([7, 1])], new[1, np.array([0, 2])])
+    assert np.count_nonzero(np.any(np.asarray(everything) != 0, axis=-1)) == 6
+    others = from_bits(written.stack_LBSA, dtype)[np.array([0, 2])]
+    assert jnp.all(others == 0)
+    picked = jnp.array([[[3, 0]], [[1, 7]]])
+    np.testing.assert_array_equal(
+        written.taken(picked), [[[new[0, 1], new[0, 0]]], [[new[1, 2], new[1, 0]]]]
+    )
+
+
+def test_only_layers_with_an_indexer_keep_index_keys():
+    config = tiny_config(SHARED)
+    cache = KVCache.create(config, 1, 10, jnp.float32)
+    for segment, plan in zip(cache.segments, config.segments, strict=True):
+        for layer, kind in zip(segment, plan.unit, strict=True):
+            assert (layer.index_keys_LBSJ is None) == (kind.indexer == "shared")
+
+
+def test_places_of_new_tokens_follow_those_stored():
+    cache = KVCache.create(tiny_config(), 2, 10, jnp.float32)
+    cache = KVCache(cache.segments, jnp.array([4, 0]), cache.dtype)
+    places = cache.next_places(jnp.array([2, 3]), 3)
+    np.testing.assert_array_equal(places.position_BT, [[4, 5, 6], [0, 1, 2]])
+    np.testing.assert_array_equal(places.real_BT, [[1, 1, 0], [1, 1, 1]])
+    np.testing.assert_array_equal(cache.slots(places), [[4, 5, 10], [0, 1, 2]])
+    np.testing.assert_array_equal(cache.grown(places), [6, 3])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_compiled_decode_step_copies_neither_the_cache_nor_the_experts(dtype):
+    """Copies of their size would make every step cost as much as the context or the model."""
+    config, capacity = load_preset("bench").config, 65536
+    model = jax.eval_shape(for_decoding, abstract(Glm5(config), dtype))
+    cache = jax.eval_shape(lambda: KVCache.create(config, 1, capacity, dtype))
+
+    def step(model, cache, token):
+        return forward(model, token, cache.next_places(jnp.ones(1, jnp.int32), 1), cache)
+
+    compiled = (
+        jax.jit(step, donate_argnums=1)
+        .lower(model, cache, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+        .compile()
+    )
+
+    def num_bytes(tree):
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    smaller = min(
+        num_bytes(cache.segments), num_bytes([segment.experts for segment in model.segments])
+    )
+    assert compiled.memory_analysis().temp_size_in_bytes < smaller / 2
