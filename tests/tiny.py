@@ -14,6 +14,7 @@ from glm5_jax.config import Config
 from glm5_jax.config_json import parse_config
 from glm5_jax.model import Glm5
 from glm5_jax.params import ParamSpec, leaf_dtype, map_specs
+from glm5_jax.published.fp8 import BLOCK, SCALE_SUFFIX, scale_shape
 from glm5_jax.published.names import published_tensors
 
 # Sizes are unequal wherever the model allows, so that no mix-up of axes goes unseen. Selection
@@ -71,6 +72,9 @@ GROUPED = TINY | {
     "routed_scaling_factor": 1.5,
 }
 
+# Wider than one block of float8 scales, by a part of a block.
+WIDE = TINY | {"hidden_size": 192, "q_lora_rank": 160, "intermediate_size": 144}
+
 TOKENS = [(7 * i * i + 3 * i + 5) % 95 + 2 for i in range(24)]
 
 
@@ -113,6 +117,32 @@ def build_model(
 
 def random_model(raw: Mapping[str, Any] = TINY, seed: int = 0) -> Glm5:
     return build_model(raw, random_weights(raw, seed))
+
+
+def float8_weights(
+    weights: Mapping[str, np.ndarray],
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Quantizes what the published float8 checkpoints do.
+
+    Returns:
+      The tensors of a checkpoint, scales included, and the values that they stand for.
+    """
+    kept_parts = ("embed", "lm_head", "mlp.gate.", "weights_proj", "eh_proj")
+    published, values = {}, {}
+    for name, weight in weights.items():
+        if weight.ndim < 2 or any(part in name for part in kept_parts):
+            published[name] = values[name] = weight
+            continue
+        scales = np.zeros(scale_shape(weight.shape), np.float32)
+        quantized = np.zeros(weight.shape, jnp.float8_e4m3fn)
+        values[name] = np.zeros_like(weight)
+        for i, j in np.ndindex(*scales.shape):
+            block = np.s_[i * BLOCK : (i + 1) * BLOCK, j * BLOCK : (j + 1) * BLOCK]
+            scales[i, j] = np.abs(weight[block]).max() / 448
+            quantized[block] = (weight[block] / scales[i, j]).astype(jnp.float8_e4m3fn)
+            values[name][block] = quantized[block].astype(np.float32) * scales[i, j]
+        published |= {name: quantized, name + SCALE_SUFFIX: scales}
+    return published, values
 
 
 def write_published(

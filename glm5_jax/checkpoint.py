@@ -1,0 +1,132 @@
+"""Native checkpoints: a directory with `config.json`, tokenizer files and the weights' tree."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from glm5_jax.atomic import new_directory
+from glm5_jax.config import Config
+from glm5_jax.config_json import config_to_json, read_config
+from glm5_jax.errors import InputError
+from glm5_jax.model import Glm5
+from glm5_jax.params import ParamSpec, leaf_dtype, leaves_by_path, map_specs
+from glm5_jax.published.names import num_stacked_axes
+from glm5_jax.tree_store import Layout, TreeReader, TreeWriter, layout
+
+CONFIG_NAME = "config.json"
+PARAMS_NAME = "params"
+# Files that say how to use a model and travel with it.
+TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def is_native(directory: Path) -> bool:
+    """Whether a directory holds a native checkpoint."""
+    return (directory / PARAMS_NAME).is_dir()
+
+
+def params_layout(
+    config: Config, dtype_of: Mapping[str, jax.typing.DTypeLike]
+) -> dict[str, Layout]:
+    """How each leaf of a model is stored: every published tensor is a chunk, or several."""
+    return {
+        leaf: layout(spec.shape, dtype_of[leaf], num_stacked_axes(spec))
+        for leaf, spec in leaves_by_path(Glm5(config)).items()
+    }
+
+
+@contextlib.contextmanager
+def new_checkpoint(
+    destination: Path,
+    config_json: Mapping[str, Any],
+    leaves: Mapping[str, Layout],
+    text_from: Path | None = None,
+) -> Iterator[TreeWriter]:
+    """Yields a writer for the weights of a native checkpoint.
+
+    The checkpoint appears under its name when the body has put every chunk; if it fails, nothing
+    does.
+
+    Args:
+      config_json: what `config.json` will hold.
+      text_from: a directory whose tokenizer files travel along.
+
+    Raises:
+      InputError: `destination` exists.
+    """
+    with new_directory(destination) as directory:
+        writer = TreeWriter(directory / PARAMS_NAME, leaves)
+        yield writer
+        writer.commit()
+        write_text_files(directory, config_json, text_from)
+
+
+def write_text_files(
+    directory: Path, config_json: Mapping[str, Any], text_from: Path | None
+) -> None:
+    """Writes `config.json` and copies the tokenizer files there are."""
+    (directory / CONFIG_NAME).write_text(json.dumps(config_json, indent=2) + "\n")
+    for name in TEXT_FILES:
+        if text_from is not None and (text_from / name).exists():
+            shutil.copyfile(text_from / name, directory / name)
+
+
+def save_checkpoint(destination: Path, model: Glm5, text_from: Path | None = None) -> None:
+    """Saves a model as a native checkpoint.
+
+    Raises:
+      InputError: `destination` exists.
+    """
+    arrays = leaves_by_path(model)
+    leaves = params_layout(model.config, {leaf: array.dtype for leaf, array in arrays.items()})
+    config_json = config_to_json(model.config)
+    with new_checkpoint(destination, config_json, leaves, text_from) as writer:
+        for leaf, place in leaves.items():
+            host = np.asarray(arrays[leaf])
+            for position in place.positions():
+                writer.put(leaf, position, host[place.region(position)])
+
+
+def restore_checkpoint(directory: Path, dtype: jax.typing.DTypeLike | None = None) -> Glm5:
+    """Restores a native checkpoint, every chunk of it verified.
+
+    Args:
+      dtype: to convert the weights to, but for pinned ones; as they are stored unless given.
+
+    Raises:
+      InputError: the checkpoint is incomplete or damaged, or not one of its config.
+    """
+    config = read_config(directory / CONFIG_NAME).config
+    blueprint = Glm5(config)
+    reader = TreeReader(directory / PARAMS_NAME)
+    check_leaves(reader, leaves_by_path(blueprint))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def restore(leaf: str, spec: ParamSpec) -> jax.Array:
+        stored = reader.restore(leaf, device)
+        return stored.astype(leaf_dtype(spec, dtype or stored.dtype))
+
+    return map_specs(restore, blueprint)
+
+
+def check_leaves(reader: TreeReader, specs: Mapping[str, ParamSpec]) -> None:
+    """Compares what a tree holds with what a blueprint declares; all differences are named."""
+    problems = [f"leaf {leaf} is missing" for leaf in specs if leaf not in reader.leaves]
+    problems += [f"leaf {leaf} is unknown" for leaf in reader.leaves if leaf not in specs]
+    for leaf in specs.keys() & reader.leaves.keys():
+        found, expected = reader.leaves[leaf].shape, specs[leaf].shape
+        if found != expected:
+            problems.append(f"leaf {leaf} has shape {list(found)}, expected {list(expected)}")
+    if problems:
+        raise InputError(f"{reader.directory}: {'; '.join(problems)}")

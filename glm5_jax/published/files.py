@@ -1,0 +1,88 @@
+"""Which safetensors file of a published directory holds which tensor."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+from glm5_jax.errors import InputError
+from glm5_jax.published.safetensors import SafetensorsFile
+from glm5_jax.strict_json import read_json
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+def open_files(directory: Path) -> dict[str, SafetensorsFile]:
+    """Opens the files of a published directory.
+
+    Returns:
+      The file of every tensor.
+
+    Raises:
+      InputError: a file is missing, damaged or outside the directory, or the index does not list
+        exactly what the files hold. All mismatches are named.
+    """
+    index_path = directory / INDEX_NAME
+    if index_path.exists():
+        listed = _read_index(index_path)
+    elif (directory / SINGLE_NAME).exists():
+        listed = None
+    else:
+        raise InputError(f"{directory}: has neither {SINGLE_NAME} nor {INDEX_NAME}")
+    names = [SINGLE_NAME] if listed is None else sorted(set(listed.values()))
+    missing = [name for name in names if not (directory / name).exists()]
+    if missing:
+        raise InputError(f"{directory}: {', '.join(missing)} missing, named by {INDEX_NAME}")
+
+    opened: list[SafetensorsFile] = []
+    try:
+        opened.extend(SafetensorsFile(_inside(directory, name)) for name in names)
+        if listed is not None:
+            _compare(index_path, listed, opened)
+    except BaseException:
+        for file in opened:
+            file.close()
+        raise
+    return {name: file for file in opened for name in file.tensors}
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path}: weight_map is missing or not an object")
+    for tensor, name in weight_map.items():
+        plain = isinstance(name, str) and name == os.path.basename(name) and "\0" not in name
+        if not plain or "\\" in name or not name.endswith(".safetensors"):
+            raise InputError(
+                f"{path}: tensor {tensor} is said to be in {name!r}, expected the plain name of a "
+                ".safetensors file"
+            )
+    return weight_map
+
+
+def _inside(directory: Path, name: str) -> Path:
+    """The path of a file, which must not lead out of the directory.
+
+    The one link that may is that of the Hugging Face cache: `snapshots/REVISION/NAME` leads to
+    `blobs/` beside `snapshots/`.
+    """
+    path = directory / name
+    real, home = path.resolve(), directory.resolve()
+    blobs = home.parent.parent / "blobs"
+    if home not in real.parents and blobs not in real.parents:
+        raise InputError(f"{path}: leads out of the directory, to {real}")
+    return path
+
+
+def _compare(index_path: Path, listed: dict[str, str], files: list[SafetensorsFile]) -> None:
+    held = [(name, file.path.name) for file in files for name in file.tensors]
+    times = Counter(name for name, _ in held)
+    problems = [f"{name} stands in {count} files" for name, count in times.items() if count > 1]
+    problems += [f"{name} is not listed" for name in times if name not in listed]
+    problems += [
+        f"{name} is not in {file}"
+        for name, file in listed.items()
+        if (name, file) not in set(held) and times[name] < 2
+    ]
+    if problems:
+        raise InputError(f"{index_path}: {'; '.join(problems)}")

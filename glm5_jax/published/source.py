@@ -1,0 +1,109 @@
+"""A published checkpoint directory, read tensor by tensor."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from glm5_jax.config_json import read_config
+from glm5_jax.errors import InputError
+from glm5_jax.published.check import tensor_problems
+from glm5_jax.published.files import open_files
+from glm5_jax.published.fp8 import SCALE_SUFFIX, dequantize
+from glm5_jax.published.names import MTP_COPIES, layer_prefix
+from glm5_jax.published.safetensors import DTYPES
+from glm5_jax.tree_store import layout
+
+
+class Stored(NamedTuple):
+    """Shape and dtype of a tensor as it is read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class PublishedSource:
+    """An open published checkpoint."""
+
+    def __init__(self, directory: Path):
+        """Opens a directory: reads `config.json` and the headers of the tensor files.
+
+        Raises:
+          InputError: a file is missing or damaged, or the tensors are not those that the config
+            demands; then all differences are named.
+        """
+        published = read_config(directory / "config.json")
+        self.directory = directory
+        self.config = published.config
+        self.raw_config = published.raw
+        self.unknown_keys = published.unknown_keys
+        self._files = open_files(directory)
+        mtp_prefix = layer_prefix(self.config.num_layers)
+        # transformers keeps the config's MTP layer and drops its tensors when it saves a model.
+        self.lacks_mtp = self.config.num_mtp_layers > 0 and not any(
+            name.startswith(mtp_prefix) for name in self._files
+        )
+        if self.lacks_mtp:
+            self.config = dataclasses.replace(self.config, num_mtp_layers=0)
+        self.copies = {
+            mtp_prefix + name: original
+            for name, original in MTP_COPIES.items()
+            if mtp_prefix + name in self._files
+        }
+        infos = {name: file.tensors[name] for name, file in self._files.items()}
+        if problems := tensor_problems(self.config, infos, self.copies):
+            self.close()
+            raise InputError(f"{directory}: {'; '.join(problems)}")
+
+    @property
+    def num_files(self) -> int:
+        """How many tensor files the checkpoint consists of."""
+        return len(set(self._files.values()))
+
+    def tensors(self) -> dict[str, Stored]:
+        """Every tensor by its published name, as it is read; scales are not tensors."""
+        return {
+            name: Stored(file.tensors[name].shape, self._dtype(name))
+            for name, file in self._files.items()
+            if not name.endswith(SCALE_SUFFIX)
+        }
+
+    def is_float8(self, name: str) -> bool:
+        """Whether a tensor is published as float8 with scales."""
+        return self._files[name].tensors[name].dtype == "F8_E4M3"
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop` of a tensor's first axis.
+
+        Float8 is multiplied by its scales and returned as float32.
+        """
+        rows = self._files[name].read(name, start, stop)
+        if not self.is_float8(name):
+            return rows
+        scale_name = name + SCALE_SUFFIX
+        file = self._files[scale_name]
+        scales = file.read(scale_name, 0, file.tensors[scale_name].shape[0])
+        return dequantize(rows, scales, start)
+
+    def blocks(self, name: str) -> Iterator[tuple[int, int]]:
+        """The portions of rows that a tensor is best read in: (start, stop)."""
+        place = layout(self._files[name].tensors[name].shape, self._dtype(name))
+        for position in place.positions():
+            rows = place.region(position)[0]
+            yield rows.start, rows.stop
+
+    def location(self, name: str) -> tuple[str, int]:
+        """File and offset of a tensor; reading in this order reads each file from start to end."""
+        file = self._files[name]
+        return file.path.name, file.tensors[name].start
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in set(self._files.values()):
+            file.close()
+
+    def _dtype(self, name: str) -> np.dtype:
+        file_dtype = self._files[name].tensors[name].dtype
+        return np.dtype(np.float32) if self.is_float8(name) else DTYPES[file_dtype]
