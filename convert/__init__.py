@@ -1,0 +1,1 @@
+"""Conversion between published PyTorch checkpoints and native ones."""

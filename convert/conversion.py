@@ -1,0 +1,158 @@
+"""Published to native and back, a chunk at a time."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.progress import DownloadColumn, TextColumn, TransferSpeedColumn
+
+from convert.writer import Entry, shard_names, split_shards, write_file, write_index
+from glm5_jax.atomic import new_directory, refuse_existing
+from glm5_jax.checkpoint import new_checkpoint, params_layout, write_text_files
+from glm5_jax.console import Advance, notice, progress
+from glm5_jax.errors import InputError
+from glm5_jax.published.names import published_tensors
+from glm5_jax.published.native import NativeSource
+from glm5_jax.published.slices import slices
+from glm5_jax.published.source import PublishedSource
+from glm5_jax.tree_store import Layout
+
+
+class Converted(NamedTuple):
+    """What a conversion moved."""
+
+    num_tensors: int
+    num_bytes: int  # as written
+
+
+@contextlib.contextmanager
+def _tensor_progress(description: str, num_tensors: int, num_bytes: int) -> Iterator[Advance]:
+    """A bar in bytes that also counts tensors."""
+    with progress(
+        description,
+        num_bytes,
+        TextColumn("{task.fields[done]}/" + f"{num_tensors} tensors"),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    ) as advance:
+        advance(0, done=0)
+        yield advance
+
+
+def from_published(
+    directory: Path, destination: Path, float8_as: jax.typing.DTypeLike | None = None
+) -> Converted:
+    """Converts a published checkpoint to a native one.
+
+    Args:
+      float8_as: the dtype that float8 weights are multiplied out to; the config's unless given.
+
+    Raises:
+      InputError: the source is not a whole, sound checkpoint, or the destination exists.
+    """
+    refuse_existing(destination)
+    with contextlib.closing(PublishedSource(directory)) as source:
+        report(source)
+        leaves = _native_layout(source, float8_as)
+        tensors = sorted(
+            published_tensors(source.config), key=lambda tensor: source.location(tensor.name)
+        )
+        total = sum(_num_bytes(leaf) for leaf in leaves.values())
+        with (
+            _tensor_progress("from-hf", len(tensors), total) as advance,
+            new_checkpoint(destination, _native_json(source), leaves, directory) as writer,
+        ):
+            _check_copies(source)
+            for number, tensor in enumerate(tensors, start=1):
+                place = leaves[tensor.leaf]
+                for part in slices(tensor, place):
+                    rows = source.read(tensor.name, part.start, part.stop)
+                    chunk = rows.reshape(part.chunk_shape).astype(place.dtype, copy=False)
+                    writer.put(tensor.leaf, part.position, chunk)
+                    advance(chunk.nbytes, done=number)
+    return Converted(len(tensors), total)
+
+
+def to_published(directory: Path, destination: Path, shard_bytes: int) -> Converted:
+    """Converts a native checkpoint to the published layout.
+
+    Args:
+      shard_bytes: the largest size of a file; a checkpoint that is no larger is a single file.
+
+    Raises:
+      InputError: the source is not a whole, sound checkpoint, or the destination exists.
+    """
+    with contextlib.closing(NativeSource(directory)) as source:
+        entries = [Entry(name, *stored) for name, stored in source.tensors().items()]
+        shards = split_shards(entries, shard_bytes)
+        total = sum(entry.num_bytes for entry in entries)
+        with (
+            _tensor_progress("to-hf", len(entries), total) as advance,
+            new_directory(destination) as partial,
+        ):
+            done = 0
+
+            def rows(shard: list[Entry]) -> Iterator[np.ndarray]:
+                nonlocal done
+                for entry in shard:
+                    done += 1
+                    for start, stop in source.blocks(entry.name):
+                        part = source.read(entry.name, start, stop)
+                        yield part
+                        advance(part.nbytes, done=done)
+
+            for name, shard in zip(shard_names(len(shards)), shards, strict=True):
+                write_file(partial / name, shard, rows(shard))
+            if len(shards) > 1:
+                write_index(partial, shards)
+            write_text_files(partial, source.raw_config, directory)
+    return Converted(len(entries), total)
+
+
+def report(source: NativeSource | PublishedSource) -> None:
+    """Tells what of a checkpoint is passed over."""
+    if source.unknown_keys:
+        keys = ", ".join(source.unknown_keys)
+        notice(f"{source.directory}: keys of config.json that are not used: {keys}")
+    if isinstance(source, PublishedSource) and source.lacks_mtp:
+        notice(f"{source.directory}: config.json promises an MTP layer, but the files hold none")
+
+
+def _num_bytes(place: Layout) -> int:
+    return int(np.prod(place.shape, dtype=np.int64)) * place.dtype.itemsize
+
+
+def _native_layout(
+    source: PublishedSource, float8_as: jax.typing.DTypeLike | None
+) -> dict[str, Layout]:
+    """Leaves keep the dtype of their tensors; float8 becomes what is asked for."""
+    stored = source.tensors()
+    dtypes: dict[str, jax.typing.DTypeLike] = {}
+    for tensor in published_tensors(source.config):
+        if source.is_float8(tensor.name):
+            dtypes.setdefault(tensor.leaf, float8_as or source.config.dtype)
+        else:
+            dtypes[tensor.leaf] = stored[tensor.name].dtype
+    return params_layout(source.config, dtypes)
+
+
+def _native_json(source: PublishedSource) -> dict[str, Any]:
+    """The source's own `config.json`, but for what is no longer so."""
+    raw = {key: value for key, value in source.raw_config.items() if key != "quantization_config"}
+    if source.lacks_mtp:
+        raw["num_nextn_predict_layers"] = 0
+    return raw
+
+
+def _check_copies(source: PublishedSource) -> None:
+    """Copies of the embedding and the head in the MTP layer are left out, so must be copies."""
+    for name, original in source.copies.items():
+        for start, stop in source.blocks(original):
+            same = source.read(name, start, stop) == source.read(original, start, stop)
+            if not np.all(same):
+                raise InputError(
+                    f"{source.directory}: {name} differs from {original}, expected a copy of it"
+                )

@@ -1,0 +1,117 @@
+"""What the three commands share: one-line errors, exit statuses and progress bars."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, Protocol
+
+from glm5_jax.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and exit with status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of a description, and shows defaults that are set."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shows_nothing = action.default in (None, False, argparse.SUPPRESS)
+        return action.help if shows_nothing else super()._get_help_string(action)
+
+
+def command_parser(prog: str, description: str) -> tuple[Parser, Any]:
+    """A parser for a command with subcommands, and what `add_command` adds them to."""
+    parser = Parser(prog=prog, description=description, formatter_class=_Help)
+    return parser, parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=Parser
+    )
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], description: str
+) -> Parser:
+    """Adds a subcommand; the first line of the description stands in the list of commands."""
+    parser: Parser = commands.add_parser(
+        name,
+        help=description.partition("\n")[0],
+        description=description,
+        formatter_class=_Help,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run_command(parser: Parser, arguments: Sequence[str] | None) -> int:
+    """Parses arguments and runs the chosen command; returns its exit status.
+
+    Whatever the user or the machine got wrong is one line on standard error and status 2. Defects
+    of the program keep their traceback.
+    """
+    args = parser.parse_args(arguments)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (InputError, OSError) as error:
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def notice(message: str) -> None:
+    """Tells the user something on standard error."""
+    print(message, file=sys.stderr)
+
+
+class Advance(Protocol):
+    """Moves a progress bar."""
+
+    def __call__(self, amount: int, **fields: Any) -> None: ...
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int, *columns: Any) -> Iterator[Advance]:
+    """Shows a progress bar with the time left, on standard error, if that is a terminal.
+
+    Args:
+      total: in the unit that the bar is moved by.
+      columns: rich columns to put between the bar and the time; they see the fields given.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *columns,
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(description, total=total)
+
+        def advance(amount: int, **fields: Any) -> None:
+            bar.update(task, advance=amount, **fields)
+
+        yield advance

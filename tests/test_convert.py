@@ -1,0 +1,230 @@
+import json
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from convert.__main__ import main
+from glm5_jax import tree_store
+from glm5_jax.load import load_model
+from glm5_jax.params import leaves_by_path
+from tests.tiny import (
+    GROUPED,
+    SHARED,
+    TINY,
+    WIDE,
+    build_model,
+    float8_weights,
+    random_weights,
+    write_published,
+)
+
+CONFIGS = {"full": TINY, "shared": SHARED, "grouped": GROUPED}
+
+
+def tensor_bytes(directory):
+    """Every tensor of a published directory as (dtype, shape, bytes)."""
+    found = {}
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            names = file.keys()
+            for name in names:
+                part = file.get_slice(name)
+                value = file.get_tensor(name)
+                found[name] = (part.get_dtype(), tuple(value.shape), value.tobytes())
+    return found
+
+
+def there_and_back(tmp_path, source, *options):
+    assert main(["from-hf", str(source), str(tmp_path / "native")]) == 0
+    assert main(["to-hf", str(tmp_path / "native"), str(tmp_path / "back"), *options]) == 0
+    return tmp_path / "back"
+
+
+@pytest.mark.parametrize("raw", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+def test_tensors_come_back_byte_for_byte_under_their_names(tmp_path, raw, dtype):
+    weights = {name: w.astype(dtype) for name, w in random_weights(raw).items()}
+    bias = "model.layers.5.mlp.gate.e_score_correction_bias"
+    weights |= {n: w.astype(np.float32) for n, w in weights.items() if n.endswith(bias[21:])}
+    source = write_published(tmp_path / "source", raw, weights, num_shards=3)
+    back = there_and_back(tmp_path, source)
+    assert tensor_bytes(back) == tensor_bytes(source)
+    assert json.loads((back / "config.json").read_text()) == raw
+
+
+def test_leaves_in_several_chunks_come_back_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(tree_store, "_CHUNK_BYTES", 3000)
+    source = write_published(tmp_path / "source", GROUPED, random_weights(GROUPED))
+    back = there_and_back(tmp_path, source)
+    assert tensor_bytes(back) == tensor_bytes(source)
+
+
+def test_large_checkpoints_are_split_into_files_that_transformers_expects(tmp_path):
+    source = write_published(tmp_path / "source", TINY, random_weights(TINY))
+    back = there_and_back(tmp_path, source, "--shard-size", "300KB")
+    shards = sorted(path.name for path in back.glob("*.safetensors"))
+    assert len(shards) > 3 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert all((back / name).stat().st_size < 340_000 for name in shards)
+    index = json.loads((back / "model.safetensors.index.json").read_text())
+    assert sorted(set(index["weight_map"].values())) == shards
+    assert index["metadata"]["total_size"] == sum(len(b) for *_, b in tensor_bytes(back).values())
+    assert tensor_bytes(back) == tensor_bytes(source)
+
+
+@pytest.mark.parametrize("option", [[], ["--float8-as", "float32"]])
+def test_float8_is_multiplied_out(tmp_path, option):
+    raw = WIDE | {"dtype": "bfloat16"}
+    published, values = float8_weights(random_weights(raw))
+    published = {
+        n: w.astype(jnp.bfloat16) if w.dtype == np.float32 and "scale" not in n else w
+        for n, w in published.items()
+    }
+    raw |= {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    source = write_published(tmp_path / "source", raw, published, num_shards=2)
+    assert main(["from-hf", str(source), str(tmp_path / "native"), *option]) == 0
+    dtype = jnp.float32 if option else jnp.bfloat16
+    loaded = leaves_by_path(load_model(tmp_path / "native", jnp.float32))
+    expected = leaves_by_path(build_model(raw, {n: w.astype(dtype) for n, w in values.items()}))
+    quantized = [leaf for leaf in loaded if "q_up" in leaf or "kv_down" in leaf or ".gate" in leaf]
+    assert len(quantized) > 5
+    for leaf in quantized:
+        np.testing.assert_array_equal(loaded[leaf], expected[leaf].astype(jnp.float32))
+    config = json.loads((tmp_path / "native" / "config.json").read_text())
+    assert "quantization_config" not in config
+
+
+def test_copies_in_the_mtp_layer_must_be_copies(tmp_path, capsys):
+    weights = random_weights(TINY)
+    copy = {"model.layers.7.shared_head.head.weight": weights["lm_head.weight"].copy()}
+    source = write_published(tmp_path / "good", TINY, weights | copy)
+    assert main(["from-hf", str(source), str(tmp_path / "native")]) == 0
+    copy["model.layers.7.shared_head.head.weight"][50, 3] += 1e-3
+    source = write_published(tmp_path / "bad", TINY, weights | copy)
+    assert main(["from-hf", str(source), str(tmp_path / "other")]) == 2
+    assert "shared_head.head.weight differs from lm_head.weight" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_diff_of_equal_checkpoints_is_empty_whatever_their_layout(tmp_path, capsys):
+    source = write_published(tmp_path / "source", TINY, random_weights(TINY), num_shards=2)
+    back = there_and_back(tmp_path, source)
+    native = tmp_path / "native"
+    for first, second in ((source, back), (source, native), (native, back), (native, native)):
+        assert main(["diff", str(first), str(second)]) == 0
+    assert "0 differences, largest between values 0" in capsys.readouterr().out
+
+
+def test_diff_names_what_differs(tmp_path, capsys):
+    weights = random_weights(TINY)
+    first = write_published(tmp_path / "first", TINY, weights)
+    changed = {n: w.copy() for n, w in weights.items() if not n.startswith("model.layers.7.")}
+    changed["model.norm.weight"][7] += 0.25
+    changed["lm_head.weight"][3, 4] = np.nan
+    changed["model.layers.1.mlp.up_proj.weight"] = (
+        weights["model.layers.1.mlp.up_proj.weight"].astype(np.float64).astype(np.float32)
+    )
+    second = write_published(tmp_path / "second", TINY, changed)
+    assert main(["diff", str(first), str(second)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "model.norm.weight: values by up to 0.25" in lines
+    assert "lm_head.weight: values by up to inf" in lines
+    assert f"model.layers.7.enorm.weight: only in {first}" in lines
+    assert not any("up_proj" in line and "layers.1." in line for line in lines)
+
+
+def test_check_reads_headers_only(tmp_path, capsys):
+    source = write_published(tmp_path / "source", TINY, random_weights(TINY), num_shards=2)
+    assert main(["check", str(source)]) == 0
+    assert "273 tensors as expected" in capsys.readouterr().out
+
+
+def test_unknown_keys_of_the_config_are_listed_once(tmp_path, capsys):
+    source = write_published(tmp_path / "source", TINY | {"novelty": 1}, random_weights(TINY))
+    assert main(["check", str(source)]) == 0
+    assert capsys.readouterr().err.count("novelty") == 1
+
+
+def damage(directory, fault):
+    file = directory / "model.safetensors"
+    if fault == "missing directory":
+        return directory / "nowhere"
+    if fault == "no config":
+        (directory / "config.json").unlink()
+    elif fault == "damaged config":
+        (directory / "config.json").write_text("{")
+    elif fault == "unsupported config":
+        (directory / "config.json").write_text(json.dumps(TINY | {"attention_bias": True}))
+    elif fault == "truncated file":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif fault == "damaged header":
+        file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:])
+    elif fault == "other config":
+        (directory / "config.json").write_text(json.dumps(TINY | {"hidden_size": 72}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        ("missing directory", "nowhere: is not a directory"),
+        ("no config", "config.json: No such file"),
+        ("damaged config", "config.json: not valid JSON"),
+        ("unsupported config", "attention_bias is True"),
+        ("truncated file", "model.safetensors: not a valid safetensors file"),
+        ("damaged header", "model.safetensors: not a valid safetensors file"),
+        ("other config", "has shape"),
+    ],
+)
+@pytest.mark.parametrize("command", ["from-hf", "check"])
+def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, capsys, fault, named, command):
+    source = write_published(tmp_path / "source", TINY, random_weights(TINY))
+    source = damage(source, fault)
+    destination = [str(tmp_path / "native")] if command == "from-hf" else []
+    assert main([command, str(source), *destination]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.count("\n") == 1
+    assert output.err.startswith("glm5-convert: error: ") and named in output.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("command", ["from-hf", "to-hf"])
+def test_an_existing_destination_is_left_alone(tmp_path, capsys, command):
+    source = write_published(tmp_path / "source", TINY, random_weights(TINY))
+    main(["from-hf", str(source), str(tmp_path / "native")])
+    (tmp_path / "there").write_text("precious")
+    origin = {"from-hf": source, "to-hf": tmp_path / "native"}[command]
+    assert main([command, str(origin), str(tmp_path / "there")]) == 2
+    assert "there: exists already" in capsys.readouterr().err
+    assert (tmp_path / "there").read_text() == "precious"
+
+
+def test_a_damaged_native_checkpoint_is_not_exported(tmp_path, capsys):
+    source = write_published(tmp_path / "source", TINY, random_weights(TINY))
+    main(["from-hf", str(source), str(tmp_path / "native")])
+    chunk = tmp_path / "native" / "params" / "head" / "0.0"
+    chunk.write_bytes(chunk.read_bytes()[:-4] + b"\x00\x01\x02\x03")
+    assert main(["to-hf", str(tmp_path / "native"), str(tmp_path / "back")]) == 2
+    assert "leaf head, chunk 0.0: damaged" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["native", "source"]
+
+
+@pytest.mark.parametrize("size", ["0", "-1GB", "five", "5XB"])
+def test_a_senseless_shard_size_is_refused(tmp_path, size):
+    with pytest.raises(SystemExit) as caught:
+        main(["to-hf", str(tmp_path), str(tmp_path / "back"), f"--shard-size={size}"])
+    assert caught.value.code == 2
+
+
+def test_the_command_ends_with_status_2_and_no_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "convert", "from-hf", str(tmp_path / "no"), str(tmp_path / "x")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("glm5-convert: error: ") and done.stderr.count("\n") == 1
