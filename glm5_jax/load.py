@@ -7,11 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm5_jax.checkpoint import CONFIG_NAME, is_native, restore_checkpoint
+from glm5_jax.config_json import PublishedConfig, read_config
 from glm5_jax.errors import InputError
 from glm5_jax.model import Glm5
 from glm5_jax.params import ParamSpec, leaf_dtype, map_specs
 from glm5_jax.published.names import PublishedTensor, published_tensors
 from glm5_jax.published.source import PublishedSource
+
+
+def read_model_config(directory: Path) -> PublishedConfig:
+    """Reads the config of a checkpoint directory, native or published.
+
+    Raises:
+      InputError: there is no such directory, or its config is missing or not supported.
+    """
+    if not directory.is_dir():
+        raise InputError(f"{directory}: is not a directory, expected one with a checkpoint")
+    return read_config(directory / CONFIG_NAME)
 
 
 def load_model(directory: Path, dtype: jax.typing.DTypeLike | None = None) -> Glm5:
@@ -24,10 +36,7 @@ def load_model(directory: Path, dtype: jax.typing.DTypeLike | None = None) -> Gl
     Raises:
       InputError: the directory is not a whole, sound checkpoint.
     """
-    if not directory.is_dir():
-        raise InputError(f"{directory}: is not a directory, expected one with a checkpoint")
-    if not (directory / CONFIG_NAME).exists():
-        raise InputError(f"{directory}: has no {CONFIG_NAME}, expected a checkpoint directory")
+    read_model_config(directory)
     if is_native(directory):
         return restore_checkpoint(directory, dtype)
     return _load_published(directory, dtype)

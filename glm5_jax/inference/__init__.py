@@ -1,0 +1,1 @@
+"""Running a model: scoring, sampling, generating, text."""

@@ -1,0 +1,182 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm5_jax.__main__ import main
+from glm5_jax.checkpoint import save_checkpoint
+from glm5_jax.inference import generate as generate_module
+from glm5_jax.inference.generate import Generator
+from glm5_jax.inference.sampling import Sampling
+from glm5_jax.model import forward, logits
+from glm5_jax.places import Places
+from tests.tiny import SHARED, TOKENS, random_model, random_weights, write_published
+
+PROMPTS = [TOKENS[:9], TOKENS[3:5], TOKENS, [5]]
+GREEDY = Sampling()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(SHARED)
+
+
+@pytest.fixture(scope="module")
+def directory(model, tmp_path_factory):
+    """A native checkpoint."""
+    path = tmp_path_factory.mktemp("models") / "native"
+    save_checkpoint(path, model)
+    return path
+
+
+@jax.jit
+def read(model, tokens, places):
+    return logits(model, forward(model, tokens, places).hidden_BTD)[0]
+
+
+def slowly(model, prompt, count):
+    """Greedy continuation that reads everything again for every token."""
+    tokens = list(prompt)
+    for _ in range(count):
+        padded = jnp.array([tokens + [0] * (32 - len(tokens))])
+        real = jnp.arange(32)[None] < len(tokens)
+        tokens.append(int(jnp.argmax(read(model, padded, Places.padded(real))[len(tokens) - 1])))
+    return tokens[len(prompt) :]
+
+
+def test_greedy_generation_equals_reading_everything_again(model):
+    completions = Generator(model).complete(PROMPTS, 6, GREEDY)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        assert completion.tokens == slowly(model, prompt, 6)
+        assert completion.finish_reason == "length"
+
+
+def test_a_prompt_is_continued_the_same_alone_and_in_portions(model, monkeypatch):
+    together = Generator(model).complete(PROMPTS, 6, GREEDY)
+    monkeypatch.setattr(generate_module, "_PREFILL_LENGTH", 8)
+    for prompt, expected in zip(PROMPTS, together, strict=True):
+        assert Generator(model).complete([prompt], 6, GREEDY) == [expected]
+
+
+def test_generation_ends_with_a_stop_token(model):
+    whole = Generator(model).complete(PROMPTS, 8, GREEDY)
+    stop = whole[0].tokens[3]
+    stopped = Generator(model, stop=frozenset([stop])).complete(PROMPTS, 8, GREEDY)
+    for before, after in zip(whole, stopped, strict=True):
+        if stop in before.tokens:
+            end = before.tokens.index(stop) + 1
+            assert after == (before.tokens[:end], "stop")
+        else:
+            assert after == before
+
+
+def test_a_seed_repeats_a_text_and_batches_do_not_change_it(model):
+    warm = Sampling(temperature=1.0, seed=3)
+    together = Generator(model).complete(PROMPTS, 8, warm)
+    assert Generator(model).complete(PROMPTS, 8, warm) == together
+    assert Generator(model).complete(PROMPTS[2:], 8, warm, first_number=2) == together[2:]
+    assert Generator(model).complete(PROMPTS, 8, Sampling(1.0, seed=4)) != together
+
+
+def test_ids_that_pad_the_vocabulary_are_not_generated(model):
+    completions = Generator(model, num_tokens=20).complete(PROMPTS, 8, Sampling(5.0))
+    assert all(max(completion.tokens) < 20 for completion in completions)
+
+
+def run(capsys, *arguments):
+    status = main(["generate", *map(str, arguments)])
+    return status, capsys.readouterr()
+
+
+def test_the_command_prints_an_object_per_prompt(directory, model, capsys, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt_tokens": p}) + "\n" for p in PROMPTS))
+    options = ("--max-new-tokens", 5, "--json", "--batch-size", 3)
+    status, output = run(capsys, "--model", directory, "--prompts", prompts, *options)
+    assert status == 0
+    records = [json.loads(line) for line in output.out.splitlines()]
+    # transformers' eos token of the config is 1
+    expected = Generator(model, stop=frozenset([1])).complete(PROMPTS, 5, GREEDY)
+    for record, prompt, completion in zip(records, PROMPTS, expected, strict=True):
+        assert record == {
+            "prompt_tokens": prompt,
+            "tokens": completion.tokens,
+            "text": None,
+            "finish_reason": completion.finish_reason,
+        }
+
+
+def test_native_and_published_directories_generate_the_same(directory, capsys, tmp_path):
+    published = write_published(tmp_path / "published", SHARED, random_weights(SHARED), 2)
+    options = ("--prompt-tokens", "7,17,41", "--max-new-tokens", 6)
+    outputs = [run(capsys, "--model", path, *options)[1].out for path in (directory, published)]
+    assert outputs[0] == outputs[1] and outputs[0].count(",") == 5
+
+
+def test_stop_tokens_come_from_the_generation_config(model, directory, capsys, tmp_path):
+    published = write_published(tmp_path / "published", SHARED, random_weights(SHARED))
+    options = ("--prompt-tokens", "7,17,41", "--max-new-tokens", 6, "--json")
+    tokens = json.loads(run(capsys, "--model", published, *options)[1].out)["tokens"]
+    (published / "generation_config.json").write_text(json.dumps({"eos_token_id": tokens[2]}))
+    record = json.loads(run(capsys, "--model", published, *options)[1].out)
+    assert record["tokens"] == tokens[: tokens.index(tokens[2]) + 1]
+    assert record["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--prompt-tokens", ""], "prompt 1 is empty"),
+        (["--prompt-tokens", "5,97"], "token 97 is outside the vocabulary"),
+        (["--prompt-tokens=-1,5"], "token -1 is outside the vocabulary"),
+        (["--prompt-tokens", "5,7", "--context", "6"], "needs a context of 7, expected at most 6"),
+        (["--prompt-tokens", ",".join(["5"] * 252)], "expected at most 256"),
+        (["--prompt", "text"], "has no tokenizer.json"),
+        (["--prompts", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
+    ],
+)
+def test_a_prompt_that_cannot_be_continued_is_one_line(directory, capsys, options, named):
+    status, output = run(capsys, "--model", directory, "--max-new-tokens", 5, *options)
+    assert status == 2 and output.out == ""
+    assert output.err.startswith("glm5: error: ") and output.err.count("\n") == 1
+    assert named in output.err
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "[]", "{", '{"text": "x"}', '{"prompt": 3}', '{"prompt_tokens": ["a"]}', '{"messages": 1}']
+    + ['{"prompt": "x", "prompt_tokens": [1]}', '{"prompt_tokens": [1.5]}'],
+)
+def test_a_senseless_line_of_prompts_is_named(directory, capsys, tmp_path, line):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt_tokens": [5]}\n' + line + "\n")
+    status, output = run(capsys, "--model", directory, "--prompts", prompts, "--max-new-tokens", 5)
+    assert status == 2 and "prompts.jsonl, line 2: " in output.err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--max-new-tokens", "0"],
+        ["--max-new-tokens", "x"],
+        ["--max-new-tokens", "5", "--temperature", "-1"],
+        ["--max-new-tokens", "5", "--temperature", "nan"],
+        ["--max-new-tokens", "5", "--dtype", "int8"],
+        ["--max-new-tokens", "5", "--prompt", "both"],
+        [],
+    ],
+)
+def test_senseless_options_are_one_line(directory, capsys, options):
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "--model", str(directory), "--prompt-tokens", "5", *options])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_bfloat16_generates_too(directory, capsys):
+    options = ("--prompt-tokens", "7,17,41", "--max-new-tokens", 6, "--dtype", "bfloat16")
+    status, output = run(capsys, "--model", directory, *options)
+    assert status == 0
+    assert np.fromstring(output.out, sep=",").shape == (6,)
