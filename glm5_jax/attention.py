@@ -9,16 +9,13 @@ from flax import nnx
 
 from glm5_jax.cache import Rows
 from glm5_jax.config import Config, MlaConfig
-from glm5_jax.indexer import Selection
 from glm5_jax.linear import project, project_f32
 from glm5_jax.norm import rms_norm
 from glm5_jax.params import scale, weight
-from glm5_jax.places import Places, visible
-from glm5_jax.queries import block_length, map_queries
+from glm5_jax.places import Places
+from glm5_jax.queries import GATHER_COST, block_length, map_queries
 from glm5_jax.rope import Rotation, rotate
-
-# A multiply-add on a gathered row costs about as much as this many on rows read in order.
-_GATHER_COST = 2.0
+from glm5_jax.selection import Selection
 
 
 class Queries(NamedTuple):
@@ -28,8 +25,15 @@ class Queries(NamedTuple):
     rope_BTNR: jax.Array
 
 
-# Attends from a block of queries: (queries, their places, their selection) -> values BTNV.
-AttendBlock = Callable[[Queries, Places, Selection | None], jax.Array]
+class Attended(NamedTuple):
+    """What attention returns."""
+
+    values: jax.Array  # by head: BTNV, or BTNA where values are sums of rows
+    mass: jax.Array  # float32, what each key or selected token got, summed over heads
+
+
+# Attends from a block of queries, given with their places and their selection.
+AttendBlock = Callable[[Queries, Places, Selection], Attended]
 
 
 class Attention(nnx.Module):
@@ -74,17 +78,20 @@ class Attention(nnx.Module):
         rows: Rows,
         query_places: Places,
         key_places: Places,
-        selection: Selection | None,
-    ) -> jax.Array:
-        """Attends to the selected tokens, or to all visible ones where `selection` is None.
+        selection: Selection,
+        *,
+        with_mass: bool = False,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Attends to the selected tokens.
 
         The shapes alone decide how this is computed (`cheapest_form`), never what.
 
         Returns:
-          BTD.
+          BTD; and if asked for, the attention that each selected token got, summed over heads, in
+          the shape of `Selection.log_share`.
         """
         batch, num_queries, num_heads, _ = queries.nope_BTNH.shape
-        topk = None if selection is None else selection.index_BTK.shape[-1]
+        topk = selection.topk
         form = cheapest_form(self.config, num_queries, rows.num_slots, topk)
         if form == "gathered":
             attend_block = self._gathered(rows)
@@ -93,10 +100,18 @@ class Attention(nnx.Module):
             prepare = self._expanded if form == "expanded" else self._absorbed
             attend_block = prepare(rows, key_places)
             bytes_per_query = 4 * batch * rows.num_slots * 2 * num_heads
-        value_BTNV = map_queries(
-            attend_block, block_length(bytes_per_query), queries, query_places, selection
-        )
-        return project("BTNV,DNV->BTD", value_BTNV, self.out)
+
+        def attend_part(
+            queries: Queries, places: Places, selection: Selection
+        ) -> tuple[jax.Array, jax.Array | None]:
+            values_BTNV, mass = attend_block(queries, places, selection)
+            if form != "gathered" and selection.index_BTK is not None:
+                mass = jnp.take_along_axis(mass, selection.index_BTK, axis=-1)
+            return values_BTNV, mass if with_mass else None
+
+        length = block_length(bytes_per_query)
+        values_BTNV, mass = map_queries(attend_part, length, queries, query_places, selection)
+        return project("BTNV,DNV->BTD", values_BTNV, self.out), mass
 
     def _expanded(self, rows: Rows, key_places: Places) -> AttendBlock:
         latent_BSC, key_BSR = jnp.split(rows.all(), [self.config.kv_rank], axis=-1)
@@ -106,40 +121,33 @@ class Attention(nnx.Module):
         rope_BSNR = jnp.broadcast_to(key_BSR[:, :, None], (*key_BSNH.shape[:3], key_BSR.shape[-1]))
         key_BSNX = jnp.concatenate([key_BSNH, rope_BSNR], axis=-1)
 
-        def attend_block(
-            queries: Queries, places: Places, selection: Selection | None
-        ) -> jax.Array:
+        def attend_block(queries: Queries, places: Places, selection: Selection) -> Attended:
             query_BTNX = jnp.concatenate(queries, axis=-1)
-            seen_BTS = _seen(places, key_places, selection)
-            return expanded_attention(
-                query_BTNX, key_BSNX, value_BSNV, seen_BTS, scale=self.config.score_scale
-            )
+            seen_BTS = selection.seen(places, key_places)
+            scale = self.config.score_scale
+            return expanded_attention(query_BTNX, key_BSNX, value_BSNV, seen_BTS, scale=scale)
 
         return attend_block
 
     def _absorbed(self, rows: Rows, key_places: Places) -> AttendBlock:
         rows_BSA = rows.all()
 
-        def attend_block(
-            queries: Queries, places: Places, selection: Selection | None
-        ) -> jax.Array:
+        def attend_block(queries: Queries, places: Places, selection: Selection) -> Attended:
             query_BTNA = self._absorb_keys(queries)
-            seen_BTS = _seen(places, key_places, selection)
-            scale = self.config.score_scale
-            return self._expand_values(
-                latent_attention(query_BTNA, rows_BSA, seen_BTS, scale=scale)
-            )
+            seen_BTS = selection.seen(places, key_places)
+            sums = latent_attention(query_BTNA, rows_BSA, seen_BTS, scale=self.config.score_scale)
+            return self._expand_values(sums)
 
         return attend_block
 
     def _gathered(self, rows: Rows) -> AttendBlock:
-        def attend_block(queries: Queries, _: Places, selection: Selection | None) -> jax.Array:
-            assert selection is not None
+        def attend_block(queries: Queries, _: Places, selection: Selection) -> Attended:
+            assert selection.index_BTK is not None and selection.valid_BTK is not None
             query_BTNA = self._absorb_keys(queries)
             rows_BTKA = rows.taken(selection.index_BTK)
-            scale = self.config.score_scale
+            valid_BTK, scale = selection.valid_BTK, self.config.score_scale
             return self._expand_values(
-                gathered_attention(query_BTNA, rows_BTKA, selection.valid_BTK, scale=scale)
+                gathered_attention(query_BTNA, rows_BTKA, valid_BTK, scale=scale)
             )
 
         return attend_block
@@ -154,10 +162,11 @@ class Attention(nnx.Module):
         latent_BTNC = project("BTNH,NHC->BTNC", queries.nope_BTNH, self._split_up()[0])
         return jnp.concatenate([latent_BTNC, queries.rope_BTNR], axis=-1)
 
-    def _expand_values(self, attended_BTNA: jax.Array) -> jax.Array:
-        """Values BTNV of every head from sums of rows, of which only the latent part counts."""
-        attended_BTNC = attended_BTNA[..., : self.config.kv_rank]
-        return project("BTNC,NVC->BTNV", attended_BTNC, self._split_up()[1])
+    def _expand_values(self, attended: Attended) -> Attended:
+        """Values of every head from sums of rows, of which only the latent part counts."""
+        attended_BTNC = attended.values[..., : self.config.kv_rank]
+        value_BTNV = project("BTNC,NVC->BTNV", attended_BTNC, self._split_up()[1])
+        return Attended(value_BTNV, attended.mass)
 
 
 def cheapest_form(
@@ -175,7 +184,7 @@ def cheapest_form(
     expanded = num_slots * up_projection + num_queries * num_slots * per_expanded_key
     absorbed = num_queries * up_projection + num_queries * num_slots * per_row
     if topk is not None:
-        gathered = num_queries * (up_projection + topk * per_row * _GATHER_COST)
+        gathered = num_queries * (up_projection + topk * per_row * GATHER_COST)
         if gathered < min(expanded, absorbed):
             return "gathered"
     return "expanded" if expanded < absorbed else "absorbed"
@@ -188,39 +197,35 @@ def expanded_attention(
     seen_BTS: jax.Array,
     *,
     scale: float,
-) -> jax.Array:
-    """Plain attention over per-head keys and values; returns values BTNV."""
+) -> Attended:
+    """Plain attention over per-head keys and values."""
     scores_BNTS = project_f32("BTNX,BSNX->BNTS", query_BTNX, key_BSNX) * scale
-    probs_BNTS = _softmax(scores_BNTS, seen_BTS[:, None]).astype(value_BSNV.dtype)
-    return project("BNTS,BSNV->BTNV", probs_BNTS, value_BSNV)
+    probs_BNTS = _softmax(scores_BNTS, seen_BTS[:, None])
+    value_BTNV = project("BNTS,BSNV->BTNV", probs_BNTS.astype(value_BSNV.dtype), value_BSNV)
+    return Attended(value_BTNV, jnp.sum(probs_BNTS, axis=1))
 
 
 def latent_attention(
     query_BTNA: jax.Array, rows_BSA: jax.Array, seen_BTS: jax.Array, *, scale: float
-) -> jax.Array:
-    """Attention in the latent space, all heads on one set of rows; returns sums of rows BTNA.
+) -> Attended:
+    """Attention in the latent space: all heads on one set of rows, both as keys and as values.
 
     Source: DeepSeek-V2, arXiv:2405.04434, section 2.1.2, on absorbing the up-projections.
     """
     scores_BNTS = project_f32("BTNA,BSA->BNTS", query_BTNA, rows_BSA) * scale
-    probs_BNTS = _softmax(scores_BNTS, seen_BTS[:, None]).astype(rows_BSA.dtype)
-    return project("BNTS,BSA->BTNA", probs_BNTS, rows_BSA)
+    probs_BNTS = _softmax(scores_BNTS, seen_BTS[:, None])
+    sums_BTNA = project("BNTS,BSA->BTNA", probs_BNTS.astype(rows_BSA.dtype), rows_BSA)
+    return Attended(sums_BTNA, jnp.sum(probs_BNTS, axis=1))
 
 
 def gathered_attention(
     query_BTNA: jax.Array, rows_BTKA: jax.Array, valid_BTK: jax.Array, *, scale: float
-) -> jax.Array:
+) -> Attended:
     """`latent_attention` where every query has its own K rows; the work is O(K) per query."""
     scores_BTNK = project_f32("BTNA,BTKA->BTNK", query_BTNA, rows_BTKA) * scale
-    probs_BTNK = _softmax(scores_BTNK, valid_BTK[:, :, None]).astype(rows_BTKA.dtype)
-    return project("BTNK,BTKA->BTNA", probs_BTNK, rows_BTKA)
-
-
-def _seen(queries: Places, keys: Places, selection: Selection | None) -> jax.Array:
-    """BTS bool: a selection holds visible tokens only, so it needs no second look at the places."""
-    if selection is None:
-        return visible(queries, keys)
-    return selection.mask(keys.position_BT.shape[1])
+    probs_BTNK = _softmax(scores_BTNK, valid_BTK[:, :, None])
+    sums_BTNA = project("BTNK,BTKA->BTNA", probs_BTNK.astype(rows_BTKA.dtype), rows_BTKA)
+    return Attended(sums_BTNA, jnp.sum(probs_BTNK, axis=2))
 
 
 def _softmax(scores: jax.Array, seen: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ from glm5_jax.attention import Attention
 from glm5_jax.cache import Rows
 from glm5_jax.config import Config
 from glm5_jax.experts import Experts
-from glm5_jax.indexer import Indexer, Selection
+from glm5_jax.indexer import Indexer
 from glm5_jax.layers import LayerKind
 from glm5_jax.mlp import Mlp
 from glm5_jax.moe import Moe
@@ -17,6 +17,7 @@ from glm5_jax.norm import rms_norm
 from glm5_jax.params import scale
 from glm5_jax.places import Places
 from glm5_jax.rope import Rotation
+from glm5_jax.selection import Selection, divergence
 
 
 class Memory(NamedTuple):
@@ -33,13 +34,16 @@ class Setting(NamedTuple):
     key_places: Places
     slot_BT: jax.Array | None  # where new rows go in the cache; None without a cache
     turn: Rotation
+    counted_BT: jax.Array  # True for queries that count in reports
+    teach_indexers: bool  # whether to report how far they are from the attention paid
 
 
 class Report(NamedTuple):
     """What can be observed of a layer."""
 
-    load_E: jax.Array | None  # tokens per expert, int32; None for dense layers
-    selection: Selection | None  # None where every visible token is attended to
+    load_E: jax.Array | None  # counted tokens per expert, int32; None for dense layers
+    selection: Selection
+    index_nats: jax.Array | None  # divergence of the indexer, summed over counted queries
 
 
 class Block(nnx.Module):
@@ -59,7 +63,7 @@ class Block(nnx.Module):
         experts: Experts | None,
         first_expert: jax.Array,
         memory: Memory | None,
-        selection: Selection | None,
+        selection: Selection,
         setting: Setting,
     ) -> tuple[jax.Array, Memory, Report]:
         """Applies the layer.
@@ -73,35 +77,49 @@ class Block(nnx.Module):
           BTD; the memory with these tokens in it; and a report, whose selection the next layer may
           need.
         """
+        turn, queries_at, keys_at = setting.turn, setting.query_places, setting.key_places
         normed_BTD = rms_norm(x_BTD, self.attention_norm, self.norm_eps)
         latent_BTQ = self.attention.query_latent(normed_BTD)
         rows = _remember(
             None if memory is None else memory.rows,
-            self.attention.rows(normed_BTD, setting.turn),
+            self.attention.rows(normed_BTD, turn),
             setting.slot_BT,
         )
         index_keys = None
         if self.indexer is not None:
             index_keys = _remember(
                 None if memory is None else memory.index_keys,
-                self.indexer.keys(normed_BTD, setting.turn),
+                self.indexer.keys(normed_BTD, turn),
                 setting.slot_BT,
             )
             selection = self.indexer.select(
-                normed_BTD, latent_BTQ, index_keys, setting.turn, *setting[:2]
+                normed_BTD, latent_BTQ, index_keys, turn, queries_at, keys_at
             )
-        queries = self.attention.queries(latent_BTQ, setting.turn)
-        x_BTD = x_BTD + self.attention.attend(queries, rows, *setting[:2], selection)
+            if setting.teach_indexers:
+                log_share = self.indexer.log_share(
+                    normed_BTD, latent_BTQ, turn, queries_at, selection
+                )
+                selection = selection._replace(log_share=log_share)
+        out_BTD, mass = self.attention.attend(
+            self.attention.queries(latent_BTQ, turn),
+            rows,
+            queries_at,
+            keys_at,
+            selection,
+            with_mass=setting.teach_indexers,
+        )
+        index_nats = None if mass is None else divergence(mass, selection, setting.counted_BT)
+        x_BTD = x_BTD + out_BTD
 
         normed_BTD = rms_norm(x_BTD, self.mlp_norm, self.norm_eps)
         load_E = None
         if isinstance(self.mlp, Moe):
             assert experts is not None
-            real_BT = setting.query_places.real_BT
-            out_BTD, load_E = self.mlp(normed_BTD, experts, first_expert, real_BT)
+            out_BTD, load_E = self.mlp(normed_BTD, experts, first_expert, setting.counted_BT)
         else:
             out_BTD = self.mlp(normed_BTD)
-        return x_BTD + out_BTD, Memory(rows, index_keys), Report(load_E, selection)
+        report = Report(load_E, selection, index_nats)
+        return x_BTD + out_BTD, Memory(rows, index_keys), report
 
 
 def _remember(rows: Rows | None, new_BTA: jax.Array, slot_BT: jax.Array | None) -> Rows:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from glm5_jax.atomic import new_directory
 from glm5_jax.config import Config
@@ -17,7 +16,7 @@ from glm5_jax.errors import InputError
 from glm5_jax.model import Glm5
 from glm5_jax.params import ParamSpec, leaf_dtype, leaves_by_path, map_specs
 from glm5_jax.published.names import num_stacked_axes
-from glm5_jax.tree_store import Layout, TreeReader, TreeWriter, layout
+from glm5_jax.tree_store import Layout, TreeReader, TreeWriter, layout, write_tree
 
 CONFIG_NAME = "config.json"
 PARAMS_NAME = "params"
@@ -88,14 +87,16 @@ def save_checkpoint(destination: Path, model: Glm5, text_from: Path | None = Non
     Raises:
       InputError: `destination` exists.
     """
+    with new_directory(destination) as directory:
+        write_model(directory, model, text_from)
+
+
+def write_model(directory: Path, model: Glm5, text_from: Path | None = None) -> None:
+    """Writes a model into a directory, which is a native checkpoint then."""
     arrays = leaves_by_path(model)
     leaves = params_layout(model.config, {leaf: array.dtype for leaf, array in arrays.items()})
-    config_json = config_to_json(model.config)
-    with new_checkpoint(destination, config_json, leaves, text_from) as writer:
-        for leaf, place in leaves.items():
-            host = np.asarray(arrays[leaf])
-            for position in place.positions():
-                writer.put(leaf, position, host[place.region(position)])
+    write_tree(directory / PARAMS_NAME, arrays, leaves)
+    write_text_files(directory, config_to_json(model.config), text_from)
 
 
 def restore_checkpoint(directory: Path, dtype: jax.typing.DTypeLike | None = None) -> Glm5:

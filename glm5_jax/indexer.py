@@ -1,7 +1,5 @@
 """The lightning indexer of DeepSeek sparse attention: which tokens each query attends to."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,36 +10,14 @@ from glm5_jax.linear import product_f32, project
 from glm5_jax.norm import layer_norm
 from glm5_jax.params import bias, scale, weight
 from glm5_jax.places import Places, visible
-from glm5_jax.queries import block_length, map_queries
+from glm5_jax.queries import GATHER_COST, block_length, map_queries
 from glm5_jax.rope import Rotation, rotate
+from glm5_jax.selection import Selection
 
 _KEY_NORM_EPS = 1e-6  # of every published model; not in the config
+_HIDDEN = float(jnp.finfo(jnp.float32).min)  # finite, lest a query that sees nothing yield NaN
 # Up to here a product over all heads is small, and faster than reading the keys once per head.
 _FEW_QUERIES = 8
-
-
-class Selection(NamedTuple):
-    """The tokens each query attends to; computed by a full layer, used by the shared ones too.
-
-    Exact and deterministic: the K highest scores, the lowest slot first among equal ones.
-    """
-
-    index_BTK: jax.Array  # int32 slots
-    valid_BTK: jax.Array  # False where a query sees fewer than K tokens
-
-    def mask(self, num_slots: int) -> jax.Array:
-        """The same as BTS bool."""
-        batch, length, _ = self.index_BTK.shape
-        batch_B11 = jnp.arange(batch)[:, None, None]
-        query_T1 = jnp.arange(length)[:, None]
-        nothing_BTS = jnp.zeros((batch, length, num_slots), bool)
-        return nothing_BTS.at[batch_B11, query_T1, self.index_BTK].set(self.valid_BTK)
-
-    @classmethod
-    def nothing(cls, batch: int, length: int, topk: int) -> "Selection":
-        """A selection of no token."""
-        shape = (batch, length, topk)
-        return cls(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
 
 
 class Indexer(nnx.Module):
@@ -90,16 +66,12 @@ class Indexer(nnx.Module):
         turn: Rotation,
         query_places: Places,
         key_places: Places,
-    ) -> Selection | None:
-        """The `topk` visible tokens of highest score, per query.
-
-        Returns:
-          None where there are no more than `topk` slots: then every visible token is selected.
-        """
+    ) -> Selection:
+        """The `topk` visible tokens of highest score, per query; all where there are no more."""
         topk = self.config.topk
         if keys.num_slots <= topk:
-            return None
-        # Selecting is not differentiable: the indexer learns from its own loss.
+            return Selection()
+        # Selecting is not differentiable: the indexer learns from what it expects (`log_share`).
         x_BTD, latent_BTQ = jax.lax.stop_gradient((x_BTD, latent_BTQ))
         keys_BSJ = jax.lax.stop_gradient(keys.all())
 
@@ -113,6 +85,44 @@ class Indexer(nnx.Module):
         length = block_length(bytes_per_query=3 * 4 * batch * keys.num_slots)
         queries = (self.queries(latent_BTQ, turn), self.gates(x_BTD), query_places)
         return map_queries(select_block, length, *queries)
+
+    def log_share(
+        self,
+        x_BTD: jax.Array,
+        latent_BTQ: jax.Array,
+        turn: Rotation,
+        places: Places,
+        selection: Selection,
+    ) -> jax.Array:
+        """What the indexer expects each selected token's share of attention to be.
+
+        The one output that its gradient passes through; its inputs get none.
+
+        Returns:
+          The log-softmax of the scores over the selected tokens, shaped as `Selection.log_share`.
+        """
+        x_BTD, latent_BTQ = jax.lax.stop_gradient((x_BTD, latent_BTQ))
+        keys = Rows.of(self.keys(x_BTD, turn))
+        topk, num_heads = selection.topk or keys.num_slots, self.config.num_heads
+        gathers = topk * GATHER_COST < keys.num_slots
+
+        def share_block(
+            query_BTIJ: jax.Array, gate_BTI: jax.Array, part: Places, selection: Selection
+        ) -> jax.Array:
+            index_BTK, seen = selection.index_BTK, selection.valid_BTK
+            if index_BTK is None or seen is None:
+                scores, seen = index_scores(query_BTIJ, keys.all(), gate_BTI), visible(part, places)
+            elif gathers:
+                scores = taken_scores(query_BTIJ, keys.taken(index_BTK), gate_BTI)
+            else:
+                scores_BTS = index_scores(query_BTIJ, keys.all(), gate_BTI)
+                scores = jnp.take_along_axis(scores_BTS, index_BTK, axis=-1)
+            return jax.nn.log_softmax(jnp.where(seen, scores, _HIDDEN), axis=-1)
+
+        per_query = topk * self.config.head_dim if gathers else keys.num_slots * num_heads
+        length = block_length(bytes_per_query=2 * 4 * x_BTD.shape[0] * per_query)
+        queries = (self.queries(latent_BTQ, turn), self.gates(x_BTD), places)
+        return map_queries(share_block, length, *queries, selection)
 
 
 def index_scores(query_BTIJ: jax.Array, keys_BSJ: jax.Array, gate_BTI: jax.Array) -> jax.Array:
@@ -150,6 +160,12 @@ def _scores_by_head(query_BTIJ: jax.Array, keys_BSJ: jax.Array, gate_BTI: jax.Ar
     nothing_BTS = jnp.zeros((batch, num_queries, keys_BSJ.shape[1]), jnp.float32)
     by_head = (jnp.moveaxis(query_BTIJ, 2, 0), jnp.moveaxis(gate_BTI, 2, 0))
     return jax.lax.scan(add_head, nothing_BTS, by_head)[0]
+
+
+def taken_scores(query_BTIJ: jax.Array, keys_BTKJ: jax.Array, gate_BTI: jax.Array) -> jax.Array:
+    """`index_scores` where every query has keys of its own, BTK."""
+    head_BTIK = jax.nn.relu(product_f32("BTIJ,BTKJ->BTIK", query_BTIJ, keys_BTKJ))
+    return product_f32("BTIK,BTI->BTK", head_BTIK, gate_BTI)
 
 
 def _exact_dot(left: jax.Array, right: jax.Array) -> jax.Array:

@@ -9,7 +9,6 @@ from flax import nnx
 from glm5_jax.block import Report, Setting
 from glm5_jax.cache import KVCache, LayerCache, as_bits
 from glm5_jax.config import Config
-from glm5_jax.indexer import Selection
 from glm5_jax.linear import project_f32
 from glm5_jax.mtp import Mtp
 from glm5_jax.norm import rms_norm
@@ -17,6 +16,7 @@ from glm5_jax.params import leaf_path, scale, weight
 from glm5_jax.places import Places
 from glm5_jax.rope import rotation
 from glm5_jax.segment import Observe, Segment, run_segment
+from glm5_jax.selection import Selection
 
 
 class Glm5(nnx.Module):
@@ -51,6 +51,7 @@ def forward(
     cache: KVCache | None = None,
     *,
     remat: bool = False,
+    teach_indexers: bool = False,
     observe: Observe = observe_load,
 ) -> Output:
     """Runs all layers over a batch of tokens.
@@ -62,6 +63,9 @@ def forward(
       cache: of earlier tokens; the new ones are stored in the cache that is returned.
       remat: for the gradient keep only the input of each group of layers, and compute the rest
         again.
+      teach_indexers: whether layers report how far their indexers are from the attention paid. A
+        shared layer reports that of the indexer it is served by, which thus learns from the mean
+        attention of all its layers. Not with a cache.
       observe: what to return of every layer.
 
     Returns:
@@ -74,11 +78,17 @@ def forward(
         key_places=places if cache is None else cache.key_places(),
         slot_BT=None if cache is None else cache.slots(places),
         turn=rotation(places.position_BT, config.mla.rope_dim, config.rope_theta),
+        counted_BT=places.real_BT,
+        teach_indexers=teach_indexers,
     )
     num_slots = setting.key_places.position_BT.shape[1]
     topk = config.indexer.topk
     batch, length = tokens_BT.shape
-    selection = Selection.nothing(batch, length, topk) if num_slots > topk else None
+    selection = Selection()
+    if num_slots > topk:
+        selection = Selection.nothing(batch, length, topk, with_share=teach_indexers)
+    elif teach_indexers:
+        selection = Selection(log_share=jnp.zeros((batch, length, num_slots), jnp.float32))
     starts_shared = [plan.starts_shared for plan in config.segments] + [False]
 
     x_BTD = model.embedding[tokens_BT]
@@ -110,12 +120,19 @@ def logits(model: Glm5, hidden_BTD: jax.Array) -> jax.Array:
 
 
 def predict_ahead(
-    model: Glm5, hidden_BTD: jax.Array, tokens_BT: jax.Array, places: Places, depth: int
+    model: Glm5,
+    hidden_BTD: jax.Array,
+    tokens_BT: jax.Array,
+    places: Places,
+    depth: int,
+    *,
+    teach_indexers: bool = False,
 ) -> list[tuple[jax.Array, Report]]:
     """Applies the MTP layer `depth` times, each time seeing one token further.
 
-    Row i of depth d (from 1) predicts token i + 1 + d of the sequence; it is meaningful where
-    tokens i + 1 to i + d are of the same sequence as token i, and no such row sees one that is not.
+    Row i of depth d (from 1) predicts token i + 1 + d of the sequence. It is meaningful where token
+    i + d is of the same sequence as token i; no such row sees one that is not, and only such rows
+    count in the report.
 
     Returns:
       For each depth the hidden states, of which `logits` makes predictions, and the MTP layer's
@@ -128,10 +145,11 @@ def predict_ahead(
         raise ValueError("the model has no MTP layer")
     config = model.config
     turn = rotation(places.position_BT, config.mla.rope_dim, config.rope_theta)
-    setting = Setting(places, places, None, turn)
     predictions = []
-    for _ in range(depth):
+    for distance in range(1, depth + 1):
         tokens_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
+        counted_BT = places.followed(distance)
+        setting = Setting(places, places, None, turn, counted_BT, teach_indexers)
         hidden_BTD, report = model.mtp(hidden_BTD, model.embedding[tokens_BT], setting)
         predictions.append((hidden_BTD, report))
     return predictions

@@ -71,20 +71,20 @@ class Moe(nnx.Module):
         self.shared = Mlp(config.dim, config.moe.ffn * config.moe.num_shared_experts)
 
     def __call__(
-        self, x_BTD: jax.Array, experts: Experts, first_expert: jax.Array, real_BT: jax.Array
+        self, x_BTD: jax.Array, experts: Experts, first_expert: jax.Array, counted_BT: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Applies the chosen experts and the shared one.
 
         Args:
           experts: this layer's, or those of several layers in a row.
           first_expert: where this layer's experts begin among them.
-          real_BT: True for tokens, False for padding.
+          counted_BT: which tokens count for the loads.
 
         Returns:
-          BTD, and the load of each expert: how many real tokens chose it, E int32.
+          BTD, and the load of each expert: how many counted tokens chose it, E int32.
         """
         routing = self.router(x_BTD)
         routed_BTD = apply_experts(experts, first_expert, x_BTD, *routing)
         load_E = jnp.zeros(self.router.weight.shape[0], jnp.int32)
-        load_E = load_E.at[routing.expert_BTK].add(real_BT[..., None].astype(jnp.int32))
+        load_E = load_E.at[routing.expert_BTK].add(counted_BT[..., None].astype(jnp.int32))
         return routed_BTD + self.shared(x_BTD), load_E

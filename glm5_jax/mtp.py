@@ -10,6 +10,7 @@ from glm5_jax.experts import Experts
 from glm5_jax.linear import project
 from glm5_jax.norm import rms_norm
 from glm5_jax.params import scale, weight
+from glm5_jax.selection import Selection
 
 
 class Mtp(nnx.Module):
@@ -46,5 +47,7 @@ class Mtp(nnx.Module):
         )
         joined_BTD = project("BTJ,DJ->BTD", jnp.concatenate(parts, axis=-1), self.join)
         first_expert = jnp.zeros((), jnp.int32)
-        out_BTD, _, report = self.block(joined_BTD, self.experts, first_expert, None, None, setting)
+        out_BTD, _, report = self.block(
+            joined_BTD, self.experts, first_expert, None, Selection(), setting
+        )
         return rms_norm(out_BTD, self.norm, self.norm_eps), report

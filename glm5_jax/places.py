@@ -43,6 +43,11 @@ class Places:
         """True for tokens, False for padding."""
         return self.segment_BT > 0
 
+    def followed(self, distance: int) -> jax.Array:
+        """Which tokens have one of their own sequence `distance` further on in the row, BT bool."""
+        ahead_BT = jnp.pad(self.segment_BT[:, distance:], ((0, 0), (0, distance)))
+        return (self.segment_BT == ahead_BT) & self.real_BT
+
 
 def visible(queries: Places, keys: Places) -> jax.Array:
     """Which keys each query may see: BTS bool. Nothing is visible to padding, or from it."""

@@ -11,9 +11,9 @@ from glm5_jax.block import Block, Memory, Report, Setting
 from glm5_jax.cache import LayerCache, Rows
 from glm5_jax.config import Config
 from glm5_jax.experts import Experts
-from glm5_jax.indexer import Selection
 from glm5_jax.layers import SegmentPlan
 from glm5_jax.params import stacked
+from glm5_jax.selection import Selection
 
 # What to return of a layer, of all that can be seen of it.
 Observe = Callable[[Report], Any]
@@ -38,7 +38,7 @@ class Segment(nnx.Module):
 def run_segment(
     segment: Segment,
     x_BTD: jax.Array,
-    selection: Selection | None,
+    selection: Selection,
     caches: tuple[LayerCache, ...] | None,
     setting: Setting,
     *,
@@ -46,11 +46,11 @@ def run_segment(
     carry_selection: bool,
     remat: bool,
     observe: Observe,
-) -> tuple[jax.Array, Selection | None, tuple[LayerCache, ...] | None, tuple[Any, ...]]:
+) -> tuple[jax.Array, Selection, tuple[LayerCache, ...] | None, tuple[Any, ...]]:
     """Runs a segment's layers.
 
     Args:
-      selection: of the layer before the segment; None where every visible token is attended to.
+      selection: of the layer before the segment.
       caches: the segment's part of the cache, by slot; None in a pass without one.
       carry_selection: whether a layer of another group needs a selection made in this one. It is
         large, and a scan keeps what it carries for the gradient.
@@ -78,14 +78,14 @@ def run_segment(
             observed.append(observe(report))
         carried = (
             x_BTD,
-            selection if carry_selection else None,
+            selection if carry_selection else Selection(),
             None if caches is None else tuple(updated),
         )
         return carried, tuple(observed)
 
     if remat:
         run_group = jax.checkpoint(run_group, prevent_cse=False)
-    start = (x_BTD, selection if carry_selection else None, caches)
+    start = (x_BTD, selection if carry_selection else Selection(), caches)
     groups = jnp.arange(segment.plan.count)
     scanned = (groups, segment.layers, segment.experts if caches is None else None)
     (x_BTD, last, caches), observed = jax.lax.scan(run_group, start, scanned)

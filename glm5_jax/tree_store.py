@@ -135,6 +135,18 @@ class TreeWriter:
         (self._directory / MANIFEST_NAME).write_text(json.dumps(manifest))
 
 
+def write_tree(
+    directory: Path, arrays: Mapping[str, jax.Array], leaves: Mapping[str, Layout]
+) -> None:
+    """Writes whole arrays, by path, in the given layouts."""
+    writer = TreeWriter(directory, leaves)
+    for leaf, place in leaves.items():
+        host = np.asarray(arrays[leaf])
+        for position in place.positions():
+            writer.put(leaf, position, host[place.region(position)])
+    writer.commit()
+
+
 class TreeReader:
     """Reads a tree and checks what it reads against the manifest."""
 

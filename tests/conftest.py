@@ -22,6 +22,7 @@ hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
-def strict_promotion() -> Iterator[None]:
-    with jax.numpy_dtype_promotion("strict"):
+def promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+    marked = request.node.get_closest_marker("standard_promotion")
+    with jax.numpy_dtype_promotion("standard" if marked else "strict"):
         yield

@@ -11,11 +11,11 @@ from glm5_jax.attention import (
     latent_attention,
 )
 from glm5_jax.cache import Rows
-from glm5_jax.indexer import Selection
 from glm5_jax.params import initialize
 from glm5_jax.places import Places, visible
 from glm5_jax.presets import load_preset
 from glm5_jax.rope import rotation
+from glm5_jax.selection import Selection
 from tests.tiny import TINY, tiny_config
 
 CONFIG = tiny_config(TINY)
@@ -48,8 +48,8 @@ def test_all_forms_of_attention_agree_on_selected_tokens(form):
     attention, queries, rows, places, selection = inputs()
     attend = forms(attention, rows, places)
     real = np.asarray(places.real_BT)
-    expected = attend["expanded"](queries, places, selection)
-    actual = attend[form](queries, places, selection)
+    expected = attend["expanded"](queries, places, selection).values
+    actual = attend[form](queries, places, selection).values
     np.testing.assert_allclose(np.asarray(actual)[real], np.asarray(expected)[real], atol=2e-5)
 
 
@@ -57,8 +57,23 @@ def test_absorbed_equals_expanded_on_all_visible_tokens():
     attention, queries, rows, places, _ = inputs()
     attend = forms(attention, rows, places)
     real = np.asarray(places.real_BT)
-    expected, actual = (attend[f](queries, places, None) for f in ("expanded", "absorbed"))
+    expected, actual = (
+        attend[f](queries, places, Selection()).values for f in ("expanded", "absorbed")
+    )
     np.testing.assert_allclose(np.asarray(actual)[real], np.asarray(expected)[real], atol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["absorbed", "gathered"])
+def test_the_attention_that_tokens_got_agrees_and_sums_to_the_number_of_heads(form):
+    attention, queries, rows, places, selection = inputs()
+    attend = forms(attention, rows, places)
+    real = np.asarray(places.real_BT)
+    expected = attend["expanded"](queries, places, selection).mass
+    np.testing.assert_allclose(np.asarray(expected)[real].sum(axis=-1), 4, rtol=1e-5)
+    actual = attend[form](queries, places, selection).mass
+    if form == "gathered":
+        expected = jnp.take_along_axis(expected, selection.index_BTK, axis=-1)
+    np.testing.assert_allclose(np.asarray(actual)[real], np.asarray(expected)[real], atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["expanded", "absorbed", "gathered"])
@@ -69,7 +84,7 @@ def test_gradients_agree_too(form):
 
     def loss(attention, queries, stack, form):
         own_rows = Rows(stack, rows.layer, rows.dtype)
-        out = forms(attention, own_rows, places)[form](queries, places, selection)
+        out = forms(attention, own_rows, places)[form](queries, places, selection).values
         return jnp.sum(weights * out)
 
     gradient = jax.grad(loss, argnums=(0, 1, 2))
@@ -84,7 +99,7 @@ def test_queries_that_see_nothing_yield_finite_values(form):
     attention, queries, rows, places, selection = inputs()
     nowhere = Places(places.position_BT, jnp.zeros_like(places.segment_BT))
     empty = Selection(selection.index_BTK, jnp.zeros_like(selection.valid_BTK))
-    out = forms(attention, rows, places)[form](queries, nowhere, empty)
+    out = forms(attention, rows, places)[form](queries, nowhere, empty).values
     assert jnp.all(jnp.isfinite(out))
 
 
@@ -94,9 +109,9 @@ def test_hidden_tokens_do_not_change_the_output():
     rows = jax.random.normal(keys[1], (2, 7, 12))
     seen_S = jnp.arange(7) < 4
     seen = jnp.broadcast_to(seen_S, (2, 5, 7))
-    expected = latent_attention(query, rows, seen, scale=0.3)
+    expected = latent_attention(query, rows, seen, scale=0.3).values
     noisy = jnp.where(seen_S[:, None], rows, 1e4)
-    np.testing.assert_array_equal(latent_attention(query, noisy, seen, scale=0.3), expected)
+    np.testing.assert_array_equal(latent_attention(query, noisy, seen, scale=0.3).values, expected)
 
 
 def test_gathering_all_rows_in_any_order_is_dense_attention():
@@ -107,8 +122,8 @@ def test_gathering_all_rows_in_any_order_is_dense_attention():
     gathered = jnp.broadcast_to(rows[:, None, order], (2, 5, 7, 12))
     everything = jnp.ones((2, 5, 7), bool)
     np.testing.assert_allclose(
-        gathered_attention(query, gathered, everything, scale=0.3),
-        latent_attention(query, rows, everything, scale=0.3),
+        gathered_attention(query, gathered, everything, scale=0.3).values,
+        latent_attention(query, rows, everything, scale=0.3).values,
         atol=1e-6,
     )
 
@@ -117,7 +132,7 @@ def test_attention_over_equal_keys_is_the_mean_of_the_values():
     value = jax.random.normal(jax.random.key(0), (1, 6, 2, 3))
     key = jnp.ones((1, 6, 2, 4))
     seen = jnp.tril(jnp.ones((6, 6), bool))[None]
-    out = expanded_attention(key, key, value, seen, scale=0.5)
+    out = expanded_attention(key, key, value, seen, scale=0.5).values
     counts = jnp.arange(1.0, 7.0)[None, :, None, None]
     expected = jnp.cumsum(value, axis=1) / counts
     np.testing.assert_allclose(out, expected, atol=1e-6)

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from glm5_jax.cache import Rows
-from glm5_jax.indexer import Indexer, Selection, index_scores
+from glm5_jax.indexer import Indexer, index_scores, taken_scores
 from glm5_jax.places import Places
 from glm5_jax.queries import map_queries
 from glm5_jax.rope import rotation
+from glm5_jax.selection import Selection
 from tests.reference.numpy_glm5 import Layer
 from tests.tiny import TINY, random_weights, tiny_config
 
@@ -38,6 +39,14 @@ def test_few_queries_score_as_many_do():
     many = index_scores(query, key, gate)
     few = index_scores(query[:, :3], key, gate[:, :3])
     np.testing.assert_allclose(few, many[:, :3], atol=1e-5)
+
+
+def test_scores_of_keys_that_were_taken_are_those_of_all_keys():
+    query, key, gate = operands()
+    index = jax.random.randint(jax.random.key(7), (B, T, 5), 0, T)
+    taken = key[jnp.arange(B)[:, None, None], index]
+    expected = jnp.take_along_axis(index_scores(query, key, gate), index, axis=-1)
+    np.testing.assert_allclose(taken_scores(query, taken, gate), expected, atol=1e-5)
 
 
 def published_indexer(raw):
@@ -71,7 +80,7 @@ def test_selection_is_that_of_the_reference(interleave):
         jnp.asarray(x)[None], jnp.asarray(latent)[None], keys, turn, places, places
     )
     for t in range(T):
-        index, valid = (np.asarray(a[0, t]) for a in selection)
+        index, valid = (np.asarray(a[0, t]) for a in selection[:2])
         np.testing.assert_array_equal(np.sort(index[valid]), expected[t])
 
 
@@ -83,7 +92,7 @@ def test_equal_scores_are_won_by_the_lowest_slot():
     turn = rotation(places.position_BT, TINY["qk_rope_head_dim"], 1e6)
     selection = indexer.select(x, latent, Rows.of(indexer.keys(x, turn)), turn, places, places)
     for t in range(T):
-        index, valid = (np.asarray(a[0, t]) for a in selection)
+        index, valid = (np.asarray(a[0, t]) for a in selection[:2])
         np.testing.assert_array_equal(index[valid], np.arange(min(t + 1, 8)))
 
 
@@ -94,15 +103,16 @@ def test_a_short_context_needs_no_selection():
     turn = rotation(places.position_BT, TINY["qk_rope_head_dim"], 1e6)
     latent = jnp.ones((1, 8, TINY["q_lora_rank"]))
     keys = Rows.of(indexer.keys(x, turn))
-    assert indexer.select(x, latent, keys, turn, places, places) is None
+    assert indexer.select(x, latent, keys, turn, places, places) == Selection()
 
 
-def test_no_mask_marks_a_slot_that_was_not_validly_selected():
+def test_no_slot_is_seen_that_was_not_validly_selected():
     selection = Selection(
         jnp.array([[[3, 0, 5], [2, 4, 0]]]), jnp.array([[[1, 1, 0], [1, 0, 0]]], bool)
     )
+    places = Places.unpadded(1, 6)
     np.testing.assert_array_equal(
-        selection.mask(6), np.array([[[1, 0, 0, 1, 0, 0], [0, 0, 1, 0, 0, 0]]], bool)
+        selection.seen(places, places), np.array([[[1, 0, 0, 1, 0, 0], [0, 0, 1, 0, 0, 0]]], bool)
     )
 
 

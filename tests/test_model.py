@@ -7,6 +7,7 @@ import pytest
 
 from glm5_jax.cache import KVCache
 from glm5_jax.model import forward, logits
+from glm5_jax.params import leaves_by_path
 from glm5_jax.places import Places
 from tests.golden import CASES, golden_logits, golden_weights
 from tests.reference.numpy_glm5 import NumpyGlm5
@@ -62,7 +63,7 @@ def test_logits_and_selections_are_those_of_the_reference(raw):
     np.testing.assert_allclose(actual, hidden @ reference.w["lm_head.weight"].T, atol=1e-4)
     for layer, place in enumerate(model.config.places):
         selection = output.observed[place.segment][place.slot]
-        index, valid = (np.asarray(a)[place.group, 0] for a in selection)
+        index, valid = (np.asarray(a)[place.group, 0] for a in selection[:2])
         for t in range(LENGTH):
             np.testing.assert_array_equal(np.sort(index[t][valid[t]]), expected[layer][t])
 
@@ -164,8 +165,8 @@ def test_tokens_beyond_the_capacity_are_not_stored(model, tokens):
 
 
 def test_a_bfloat16_model_decodes_what_it_reads_at_once(tokens):
-    # Dense, for here rounding would change selections, and with them the logits, by a lot.
-    raw = TINY | {"index_topk": 64}
+    # All tokens and all experts are selected, for rounding changes choices, and with them logits.
+    raw = TINY | {"index_topk": 64, "num_experts_per_tok": 8}
     model = build_model(raw, random_weights(raw), jnp.bfloat16)
     cache = KVCache.create(model.config, 3, 32, jnp.bfloat16)
     expected = run(model, tokens, Places.unpadded(*tokens.shape))
@@ -188,3 +189,73 @@ def test_remat_does_not_change_gradients(model, tokens):
     plain, rematted = gradient(model, False), gradient(model, True)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(rematted), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def index_nats(model, tokens):
+    """The mean divergence of every layer's indexer, in the order of the layers."""
+    places = Places.unpadded(*tokens.shape)
+    output = forward(
+        model, tokens, places, teach_indexers=True, observe=lambda report: report.index_nats
+    )
+    return [
+        float(output.observed[place.segment][place.slot][place.group]) / tokens.size
+        for place in model.config.places
+    ]
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("full", {0: 0.268970, 3: 0.171412, 6: 0.124529}),
+        ("dense_equiv", {0: 0.407877, 3: 0.301831, 6: 0.256775}),
+        ("indexshare", {0: 0.268970, 6: 0.139786}),
+    ],
+)
+def test_indexers_of_the_golden_model_are_as_far_off_as_they_should_be(case, expected):
+    """Values of a float64 implementation that computes attention and scores in full."""
+    raw = CASES[case]
+    nats = index_nats(build_model(raw, golden_weights(raw)), jnp.array([TOKENS]))
+    for layer, value in expected.items():
+        np.testing.assert_allclose(nats[layer], value, atol=1e-5)
+
+
+def test_only_indexers_learn_from_their_divergence(model, tokens):
+    @jax.jit
+    @jax.grad
+    def gradient(model):
+        output = forward(
+            model,
+            tokens,
+            Places.unpadded(*tokens.shape),
+            teach_indexers=True,
+            observe=lambda report: report.index_nats,
+        )
+        return sum(jnp.sum(nats) for nats in jax.tree.leaves(output.observed))
+
+    for path, leaf in leaves_by_path(gradient(model)).items():
+        moved = bool(jnp.any(leaf != 0))
+        assert moved == (".indexer." in path and not path.startswith("mtp.")), path
+
+
+@pytest.mark.parametrize("length", [8, 24], ids=["all", "selected"])
+def test_indexers_come_closer_to_the_attention_paid_by_following_their_gradient(length):
+    model = random_model(TINY | {"num_nextn_predict_layers": 0})
+    tokens = jnp.array([TOKENS[:length]])
+    before = index_nats(model, tokens)
+
+    @jax.jit
+    @jax.grad
+    def gradient(model):
+        output = forward(
+            model,
+            tokens,
+            Places.unpadded(*tokens.shape),
+            teach_indexers=True,
+            observe=lambda report: report.index_nats,
+        )
+        return sum(jnp.sum(nats) for nats in jax.tree.leaves(output.observed)) / tokens.size
+
+    for _ in range(10):
+        model = jax.tree.map(lambda w, g: w - 0.3 * g, model, gradient(model))
+    after = index_nats(model, tokens)
+    assert all(new < old for new, old in zip(after, before, strict=True))

@@ -1,7 +1,7 @@
 """Text to tokens and back, and conversations to prompts, with the files of a model directory."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,28 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The tokens of a text, with those that the tokenizer puts around it unless not wanted."""
         return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+
+    def encode_documents(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """The tokens of several texts, each ended by the end-of-text token."""
+        end = self.end_id()
+        for encoded in self._tokenizer.encode_batch(list(texts), add_special_tokens=False):
+            yield [*encoded.ids, end]
+
+    def end_id(self) -> int:
+        """The token that ends a text.
+
+        Raises:
+          InputError: `tokenizer_config.json` does not name one that the tokenizer has.
+        """
+        path = self._directory / "tokenizer_config.json"
+        token = read_json(path).get("eos_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        found = self._tokenizer.token_to_id(text) if isinstance(text, str) else None
+        if found is None:
+            raise InputError(
+                f"{path}: eos_token is {token!r:.80}, expected one of {TOKENIZER_NAME}"
+            )
+        return int(found)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without special ones."""

@@ -1,0 +1,64 @@
+"""The tokens that each query attends to: what indexers hand to attention, layer to layer."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from glm5_jax.places import Places, visible
+
+
+class Selection(NamedTuple):
+    """Computed by a full layer, used by the shared layers after it too.
+
+    Exact and deterministic: the K highest scores, the lowest slot first among equal ones. Without
+    an index every visible token is selected, as it is where there are no more than K slots.
+    """
+
+    index_BTK: jax.Array | None = None  # int32 slots
+    valid_BTK: jax.Array | None = None  # False where a query sees fewer than K tokens
+    # The logarithm of the share of attention that the indexer expects each selected token to get:
+    # BTK, or BTS without an index. Only where the indexer is to learn.
+    log_share: jax.Array | None = None
+
+    @classmethod
+    def nothing(cls, batch: int, length: int, topk: int, *, with_share: bool) -> "Selection":
+        """A selection of no token."""
+        shape = (batch, length, topk)
+        log_share = jnp.zeros(shape, jnp.float32) if with_share else None
+        return cls(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool), log_share)
+
+    @property
+    def topk(self) -> int | None:
+        """K, or None where every visible token is selected."""
+        return None if self.index_BTK is None else self.index_BTK.shape[-1]
+
+    def seen(self, queries: Places, keys: Places) -> jax.Array:
+        """Which keys each query attends to, BTS bool. An index holds visible tokens only."""
+        if self.index_BTK is None:
+            return visible(queries, keys)
+        batch, length, _ = self.index_BTK.shape
+        batch_B11 = jnp.arange(batch)[:, None, None]
+        query_T1 = jnp.arange(length)[:, None]
+        nothing_BTS = jnp.zeros((batch, length, keys.position_BT.shape[1]), bool)
+        return nothing_BTS.at[batch_B11, query_T1, self.index_BTK].set(self.valid_BTK)
+
+
+def divergence(mass: jax.Array, selection: Selection, counted_BT: jax.Array) -> jax.Array:
+    """How far the indexer's expectation is from the attention that was paid.
+
+    Args:
+      mass: the attention that each selected token got, summed over heads; as `log_share`.
+      counted_BT: which queries are summed over.
+
+    Returns:
+      The sum over the counted queries of the Kullback-Leibler divergence, in nats. The attention
+      itself gets no gradient from it.
+
+    Source: DeepSeek-V3.2, arXiv:2512.02556, equations 3 and 4.
+    """
+    assert selection.log_share is not None
+    mass = jax.lax.stop_gradient(mass)
+    share = mass / jnp.sum(mass, axis=-1, keepdims=True)
+    nats = jax.scipy.special.xlogy(share, share) - share * selection.log_share
+    return jnp.sum(jnp.where(counted_BT, jnp.sum(nats, axis=-1), 0))
