@@ -1,0 +1,1 @@
+"""Small-scale pretraining of GLM-5."""

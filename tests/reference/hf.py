@@ -52,6 +52,24 @@ def load(module: nn.Module, weights: Mapping[str, np.ndarray]) -> None:
             target.copy_(torch.from_numpy(np.asarray(values, np.float32)))
 
 
+def gradients(module: nn.Module, prefix: str = "") -> dict[str, np.ndarray]:
+    """The gradients of a module's parameters under published names, experts apart."""
+    found = {}
+    for name, parameter in module.named_parameters():
+        if parameter.grad is None:
+            continue
+        gradient = parameter.grad.numpy()
+        stem, is_experts, part = name.rpartition("mlp.experts.")
+        if not is_experts:
+            found[prefix + name] = gradient
+            continue
+        for expert, values in enumerate(gradient):
+            parts = ("gate", "up") if part == "gate_up_proj" else ("down",)
+            for kind, rows in zip(parts, np.split(values, len(parts)), strict=True):
+                found[f"{prefix}{stem}mlp.experts.{expert}.{kind}_proj.weight"] = rows
+    return found
+
+
 class MtpLayer(nn.Module):
     """The MTP layer of the published checkpoints, which transformers leaves out."""
 
@@ -74,6 +92,10 @@ class MtpLayer(nn.Module):
         own = {name[len(prefix) :]: w for name, w in weights.items() if name.startswith(prefix)}
         heads = ("enorm.", "hnorm.", "eh_proj.", "shared_head.")
         load(self, {n if n.startswith(heads) else f"decoder.{n}": w for n, w in own.items()})
+
+    def gradients(self, raw: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        found = gradients(self, f"model.layers.{raw['num_hidden_layers']}.")
+        return {name.replace(".decoder.", "."): gradient for name, gradient in found.items()}
 
     def forward(self, model: GlmMoeDsaForCausalLM, hidden: Any, embedded: Any) -> Any:
         """Hidden states one token ahead; row i keeps position i."""

@@ -1,0 +1,123 @@
+"""The `glm5-train` command."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from glm5_jax.commands.arguments import integer, non_negative
+from glm5_jax.console import add_command, command_parser, run_command
+from train.settings import Settings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    parser, commands = command_parser("glm5-train", "Pretrains small GLM-5 models.")
+    _add_prepare(commands)
+    _add_run(commands)
+    command = add_command(
+        commands, "report", _report, "Draw the losses of a run and sum it up in a few lines."
+    )
+    command.add_argument("run_directory", type=Path, metavar="RUN")
+    return run_command(parser, arguments)
+
+
+def _add_prepare(commands: Any) -> None:
+    command = add_command(
+        commands,
+        "prepare",
+        _prepare,
+        "Tokenize text to train on.\n\n"
+        "Without --text, that is the source of the Python standard library.",
+    )
+    command.add_argument("data", type=Path, metavar="DATA", help="folder to write, must not exist")
+    command.add_argument(
+        "--text", type=Path, nargs="+", metavar="PATH", help="files, and folders to search"
+    )
+    command.add_argument("--pattern", default="*.py", help="of files in folders")
+    command.add_argument("--max-bytes", type=integer(1), metavar="N", help="text to use at most")
+    command.add_argument(
+        "--held-out", type=non_negative, default=0.02, metavar="X", help="share kept for evaluation"
+    )
+    command.add_argument(
+        "--vocab-size", type=integer(257), default=4096, metavar="N", help="of the new tokenizer"
+    )
+    command.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="use a model's tokenizer and train none"
+    )
+
+
+def _add_run(commands: Any) -> None:
+    command = add_command(
+        commands,
+        "run",
+        _run,
+        "Train a model, or go on training it.\n\n"
+        "Checkpoints in RUN are native model directories: `glm5 --model RUN/step-N`.",
+    )
+    command.add_argument("data", type=Path, metavar="DATA", help="made by `glm5-train prepare`")
+    command.add_argument(
+        "run_directory", type=Path, metavar="RUN", help="new, or one to go on with"
+    )
+    command.add_argument(
+        "--config", required=True, metavar="PRESET|FILE", help="a preset's name or a config.json"
+    )
+    types: dict[type, Callable[[str], float]] = {int: integer(0), float: non_negative}
+    for field in dataclasses.fields(Settings):
+        option, meaning = f"--{field.name.replace('_', '-')}", field.metadata["help"]
+        if isinstance(field.default, bool):
+            command.add_argument(option, action="store_true", help=meaning)
+        else:
+            command.add_argument(
+                option,
+                type=types[type(field.default)],
+                default=field.default,
+                metavar="X",
+                help=meaning,
+            )
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from glm5_jax.atomic import refuse_existing
+    from train.corpus import read_documents, standard_library
+    from train.data import prepare
+
+    refuse_existing(args.data)
+    roots = args.text or [standard_library()]
+    documents = list(read_documents(roots, args.pattern, args.held_out, args.max_bytes))
+    data = prepare(documents, args.data, args.vocab_size, args.tokenizer)
+    print(
+        f"{args.data}: {len(documents)} documents, {data.num_tokens('train'):,} tokens to train "
+        f"on, {data.num_tokens('held_out'):,} held out, {data.vocab_size:,} different ones"
+    )
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    settings = Settings(
+        **{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
+    )
+
+    from glm5_jax.config_json import read_config
+    from glm5_jax.presets import PRESETS, load_preset
+    from train.data import Data
+    from train.run import train
+
+    is_preset = args.config in PRESETS
+    published = load_preset(args.config) if is_preset else read_config(Path(args.config))
+    last = train(Data(args.data), published.config, args.run_directory, settings)
+    print(f"{last}: trained for {settings.steps} steps")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from train.report import report
+
+    print(report(args.run_directory))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Checkpoints of a run: native model directories with the optimizer's state beside the weights."""
+
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from glm5_jax.atomic import new_directory
+from glm5_jax.checkpoint import restore_checkpoint, write_model
+from glm5_jax.config import Config
+from glm5_jax.errors import InputError
+from glm5_jax.params import leaf_path, leaves_by_path
+from glm5_jax.tree_store import TreeReader, layout, write_tree
+from train.state import TrainState, assemble
+
+_OPTIMIZER_NAME = "optimizer"
+
+
+def save(run: Path, config: Config, state: TrainState, text_from: Path, keep: int) -> Path:
+    """Saves a state under its step number, and removes all but the newest `keep` checkpoints."""
+    destination = run / f"step-{int(state.step):06d}"
+    with new_directory(destination) as directory:
+        write_model(directory, assemble(config, state.params), text_from)
+        arrays = leaves_by_path(state.optimizer)
+        leaves = {leaf: layout(array.shape, array.dtype) for leaf, array in arrays.items()}
+        write_tree(directory / _OPTIMIZER_NAME, arrays, leaves)
+    for old in saved(run)[:-keep]:
+        shutil.rmtree(old)
+    return destination
+
+
+def saved(run: Path) -> list[Path]:
+    """The checkpoints of a run, the newest last."""
+    return sorted(path for path in run.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
+
+
+def restore(directory: Path, config: Config, template: TrainState) -> TrainState:
+    """Restores a state.
+
+    Args:
+      template: shapes and dtypes of the state, as `jax.eval_shape` gives them.
+
+    Raises:
+      InputError: the checkpoint is damaged, or not one of this config and optimizer.
+    """
+    model = restore_checkpoint(directory)
+    if model.config != config:
+        raise InputError(f"{directory}: was saved with another config than that of the run")
+    reader = TreeReader(directory / _OPTIMIZER_NAME)
+    expected = leaves_by_path(template.optimizer)
+    if expected.keys() != reader.leaves.keys():
+        raise InputError(f"{reader.directory}: was saved by another optimizer")
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    optimizer = jax.tree_util.tree_map_with_path(
+        lambda keys, _: reader.restore(leaf_path(keys), device), template.optimizer
+    )
+    step = int(directory.name.removeprefix("step-"))
+    return TrainState(jnp.int32(step), leaves_by_path(model), optimizer)

@@ -1,0 +1,70 @@
+"""AdamW with warm-up and decay, and the rule that balances the experts."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from glm5_jax.params import ParamSpec
+from train.loss import Loads
+
+Params = dict[str, jax.Array]  # weights by path
+
+
+def learning_rate(peak: float, final: float, warmup_steps: int, steps: int) -> optax.Schedule:
+    """The rate of every step: up in a line over the warm-up, then down in a cosine to the end."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=peak,
+        warmup_steps=warmup_steps,
+        decay_steps=max(steps, warmup_steps + 1),
+        end_value=final,
+    )
+
+
+def make_optimizer(
+    specs: Mapping[str, ParamSpec], rate: optax.Schedule, weight_decay: float, clip: float
+) -> optax.GradientTransformation:
+    """AdamW over weights by path, after clipping the norm of all gradients together.
+
+    Matrices are decayed, norms and biases are not. The routers' biases are left to `balance`.
+    """
+    by_label = {
+        "matrix": optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=weight_decay),
+        "vector": optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.0),
+        "balanced": optax.set_to_zero(),
+    }
+    labels = {path: _label(path, spec) for path, spec in specs.items()}
+    return optax.chain(optax.clip_by_global_norm(clip), optax.partition(by_label, labels))
+
+
+def _label(path: str, spec: ParamSpec) -> str:
+    if path.endswith(_ROUTER_BIAS):
+        return "balanced"
+    return "matrix" if spec.start == "normal" else "vector"
+
+
+_ROUTER_BIAS = "mlp.router.bias"
+
+
+def balance(params: Params, loads: Loads, rate: float) -> Params:
+    """Moves the bias of every expert up if it got less than the mean load, down if it got more.
+
+    The loads are those of the whole batch, padding left out.
+
+    Source: DeepSeek-V3, arXiv:2412.19437, section 2.1.2.
+    """
+    by_path = {
+        f"segments.{number}.layers.{slot}.{_ROUTER_BIAS}": load
+        for number, segment in enumerate(loads.segments)
+        for slot, load in enumerate(segment)
+    }
+    by_path[f"mtp.block.{_ROUTER_BIAS}"] = loads.mtp_E
+    moved = dict(params)
+    for path, load in by_path.items():
+        if load is not None:
+            load = load.astype(jnp.float32)
+            missing = jnp.mean(load, axis=-1, keepdims=True) - load
+            moved[path] = params[path] + rate * jnp.sign(missing)
+    return moved

@@ -1,0 +1,48 @@
+"""What a run does with its model and data: every key, its default and its meaning."""
+
+import dataclasses
+from typing import Any
+
+from glm5_jax.errors import InputError
+
+
+def _setting(default: Any, meaning: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": meaning})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings of a run. The command line has an option for each."""
+
+    steps: int = _setting(1000, "steps to take in all")
+    batch_size: int = _setting(16, "rows in a batch")
+    length: int = _setting(256, "tokens in a row")
+    learning_rate: float = _setting(1e-3, "the highest, at the end of the warm-up")
+    final_learning_rate: float = _setting(1e-4, "the one at the end")
+    warmup_steps: int = _setting(50, "steps over which the learning rate rises from 0")
+    weight_decay: float = _setting(0.1, "of matrices")
+    clip: float = _setting(1.0, "largest norm of all gradients together")
+    mtp_depth: int = _setting(1, "tokens further ahead than the next that are learnt")
+    mtp_weight: float = _setting(0.3, "of the loss of tokens further ahead")
+    index_weight: float = _setting(1.0, "of the loss of the indexers, which moves only them")
+    balance_rate: float = _setting(1e-3, "by which the routers' biases move in a step")
+    remat: bool = _setting(False, "compute layers twice and keep less of them in memory")
+    seed: int = _setting(0, "of the initial weights and of the order of the data")
+    eval_every: int = _setting(100, "steps between evaluations")
+    eval_rows: int = _setting(64, "rows of held-out text in an evaluation")
+    save_every: int = _setting(500, "steps between checkpoints")
+    keep: int = _setting(2, "checkpoints that are kept, the newest")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "eval_every", "eval_rows", "save_every", "keep"):
+            _require(getattr(self, name) >= 1, self, name, "at least 1")
+        for name in ("learning_rate", "clip"):
+            _require(getattr(self, name) > 0, self, name, "more than 0: nothing would be learnt")
+        for field in dataclasses.fields(self):
+            _require(getattr(self, field.name) >= 0, self, field.name, "at least 0")
+        _require(self.length > 1 + self.mtp_depth, self, "length", "more than 1 + mtp_depth")
+
+
+def _require(holds: bool, settings: Settings, name: str, expected: str) -> None:
+    if not holds:
+        raise InputError(f"{name} is {getattr(settings, name)}, expected {expected}")
