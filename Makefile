@@ -7,12 +7,13 @@ EXTRAS ?= dev,parity
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --editable
 
-.PHONY: help demo test test-quick lint format clean
+.PHONY: help demo test test-quick mutants lint format clean
 
 help:
 	@echo "make demo        train, convert and run a small GLM-5 on this machine (about 5 minutes)"
 	@echo "make test        lint, types and all tests"
 	@echo "make test-quick  tests only, without those marked slow"
+	@echo "make mutants     show that known bugs, put in on purpose, fail tests"
 	@echo "make format      format the code"
 	@echo "make clean       remove .venv and build"
 
@@ -41,6 +42,9 @@ test: lint
 
 test-quick: .venv/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow'
+
+mutants: .venv/.dev
+	$(BIN)/python -m tests.mutants
 
 format: .venv/.dev
 	$(BIN)/ruff format .

@@ -1,0 +1,248 @@
+"""Bugs that other implementations of GLM-5 have had, put into this one: every one must fail a test.
+
+Run by hand, `make mutants`; each mutant lives in a copy of the project.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("glm5_jax", "train", "convert", "tests", "benchmarks", "pyproject.toml")
+
+
+class Mutant(NamedTuple):
+    """One bug: a text of a file, what it becomes, and the tests that should notice."""
+
+    name: str
+    file: str
+    text: str
+    becomes: str
+    tests: str
+
+
+MUTANTS = [
+    Mutant(
+        "indexer rotates halves instead of pairs",
+        "glm5_jax/indexer.py",
+        "interleaved=self.config.rope_interleave",
+        "interleaved=not self.config.rope_interleave",
+        "tests/test_model.py tests/test_indexer.py",
+    ),
+    Mutant(
+        "indexer rotates its last dimensions",
+        "glm5_jax/indexer.py",
+        "rope, rest = jnp.split(x, [self.rope_dim], axis=-1)",
+        "rest, rope = jnp.split(x, [x.shape[-1] - self.rope_dim], axis=-1)",
+        "tests/test_model.py tests/test_indexer.py",
+    ),
+    Mutant(
+        "indexer without ReLU, few queries",
+        "glm5_jax/indexer.py",
+        "head_BSM = jax.nn.relu(_exact_dot(keys_BSJ, query_BMJ))",
+        "head_BSM = _exact_dot(keys_BSJ, query_BMJ)",
+        "tests/test_indexer.py",
+    ),
+    Mutant(
+        "indexer without ReLU, many queries",
+        "glm5_jax/indexer.py",
+        "jax.nn.relu(_exact_dot(query_BTJ, keys_BSJ))",
+        "_exact_dot(query_BTJ, keys_BSJ)",
+        "tests/test_model.py tests/test_indexer.py",
+    ),
+    Mutant(
+        "query latent not normalised for the indexer",
+        "glm5_jax/block.py",
+        "normed_BTD, latent_BTQ, index_keys, turn, queries_at, keys_at",
+        "normed_BTD, latent_BTQ / self.attention.q_norm, index_keys, turn, queries_at, keys_at",
+        "tests/test_model.py",
+    ),
+    Mutant(
+        "latent norms with another epsilon",
+        "glm5_jax/attention.py",
+        "rms_norm(latent_BTQ, self.q_norm, self.config.norm_eps)",
+        "rms_norm(latent_BTQ, self.q_norm, 10 * self.config.norm_eps)",
+        "tests/test_model.py",
+    ),
+    Mutant(
+        "index keys with RMS norm",
+        "glm5_jax/norm.py",
+        "centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)",
+        "centered = x32",
+        "tests/test_model.py tests/test_norm.py",
+    ),
+    Mutant(
+        "mask after top-k",
+        "glm5_jax/indexer.py",
+        "jax.lax.top_k(masked_BTS, topk)",
+        "jax.lax.top_k(scores_BTS, topk)",
+        "tests/test_model.py tests/test_indexer.py",
+    ),
+    Mutant(
+        "invalid picks attended to",
+        "glm5_jax/indexer.py",
+        "return Selection(index_BTK, highest_BTK > -jnp.inf)",
+        "return Selection(index_BTK, jnp.ones_like(index_BTK, bool))",
+        "tests/test_model.py tests/test_indexer.py",
+    ),
+    Mutant(
+        "one token too few selected",
+        "glm5_jax/indexer.py",
+        "        topk = self.config.topk\n",
+        "        topk = self.config.topk - 1\n",
+        "tests/test_model.py",
+    ),
+    Mutant(
+        "shared layers attend to everything",
+        "glm5_jax/segment.py",
+        "            selection = report.selection\n",
+        "            selection = selection if block.indexer is None else report.selection\n"
+        "            selection = Selection() if slot == 0 else selection\n",
+        "tests/test_model.py",
+    ),
+    Mutant(
+        "offset of the sharing pattern counted from one",
+        "glm5_jax/config_json.py",
+        "max(i - offset + 1, 0) % period",
+        "max(i - offset, 0) % period",
+        "tests/test_config.py",
+    ),
+    Mutant(
+        "gates take the bias in",
+        "glm5_jax/moe.py",
+        "gate_BTK = jnp.take_along_axis(scores_BTE, expert_BTK, axis=-1)",
+        "gate_BTK = jnp.take_along_axis(ranked_BTE, expert_BTK, axis=-1)",
+        "tests/test_moe.py tests/test_model.py",
+    ),
+    Mutant(
+        "groups ruled out by zero",
+        "glm5_jax/moe.py",
+        "grouped_BTGE, -jnp.inf)",
+        "grouped_BTGE, 0.0)",
+        "tests/test_moe.py",
+    ),
+    Mutant(
+        "shared expert scaled with the others",
+        "glm5_jax/moe.py",
+        "return routed_BTD + self.shared(x_BTD), load_E",
+        "return routed_BTD + 2.5 * self.shared(x_BTD), load_E",
+        "tests/test_model.py",
+    ),
+    Mutant(
+        "MTP joins the hidden state first",
+        "glm5_jax/mtp.py",
+        "jnp.concatenate(parts, axis=-1)",
+        "jnp.concatenate(parts[::-1], axis=-1)",
+        "tests/test_mtp.py",
+    ),
+    Mutant(
+        "MTP hands on hidden states before its norm",
+        "glm5_jax/mtp.py",
+        "return rms_norm(out_BTD, self.norm, self.norm_eps), report",
+        "return out_BTD, report",
+        "tests/test_mtp.py",
+    ),
+    Mutant(
+        "MTP fed before the final norm",
+        "glm5_jax/model.py",
+        "hidden_BTD = rms_norm(x_BTD, model.norm, config.norm_eps)",
+        "hidden_BTD = x_BTD",
+        "tests/test_model.py tests/test_mtp.py",
+    ),
+    Mutant(
+        "router bias rounded to bfloat16",
+        "glm5_jax/moe.py",
+        'pinned_dtype="float32"',
+        "pinned_dtype=None",
+        "tests/test_source.py tests/test_checkpoint.py",
+    ),
+    Mutant(
+        "float8 divided by its scales",
+        "glm5_jax/published/fp8.py",
+        "rows.astype(np.float32) * scales",
+        "rows.astype(np.float32) / scales",
+        "tests/test_fp8.py",
+    ),
+    Mutant(
+        "partial float8 blocks left out",
+        "glm5_jax/published/fp8.py",
+        "tuple(-(-size // BLOCK) for size in shape)",
+        "tuple(size // BLOCK for size in shape)",
+        "tests/test_fp8.py",
+    ),
+    Mutant(
+        "packed documents see each other",
+        "glm5_jax/places.py",
+        "return same_BTS & past_BTS & queries.real_BT[:, :, None]",
+        "return past_BTS & queries.real_BT[:, :, None]",
+        "tests/test_places.py tests/test_model.py",
+    ),
+    Mutant(
+        "decoding writes one slot too far",
+        "glm5_jax/cache.py",
+        "return jnp.where(places.real_BT, places.position_BT, self.capacity)",
+        "return jnp.where(places.real_BT, places.position_BT + 1, self.capacity)",
+        "tests/test_cache.py tests/test_model.py",
+    ),
+    Mutant(
+        "router bias moved by the wrong sign",
+        "train/optimizer.py",
+        "params[path] + rate * jnp.sign(missing)",
+        "params[path] - rate * jnp.sign(missing)",
+        "tests/test_train.py",
+    ),
+    Mutant(
+        "MTP losses shifted by one token too few",
+        "train/loss.py",
+        "places, distance=1 + depth)",
+        "places, distance=depth)",
+        "tests/test_train.py",
+    ),
+]
+
+
+def is_noticed(mutant: Mutant) -> bool:
+    """Whether a test fails in a copy of the project that has the bug."""
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name)
+        for part in COPIED:
+            source = ROOT / part
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, copy / part)
+        file = copy / mutant.file
+        before = file.read_text()
+        if before.count(mutant.text) != 1:
+            raise SystemExit(f"{mutant.name}: its text is not once in {mutant.file}")
+        file.write_text(before.replace(mutant.text, mutant.becomes))
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", *mutant.tests.split()],
+            cwd=copy,
+            env=os.environ | {"PYTHONPATH": str(copy)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+        print(f"{mutant.name}: {' '.join(failed) or 'not noticed'}"[:150], flush=True)
+        return done.returncode == 1
+
+
+def main() -> int:
+    """Tries the mutants whose names contain the words given; fails if one is not noticed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("words", nargs="*", help="only mutants with one of these in their name")
+    words = parser.parse_args().words
+    chosen = [m for m in MUTANTS if not words or any(word in m.name for word in words)]
+    missed = [mutant.name for mutant in chosen if not is_noticed(mutant)]
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} mutants noticed")
+    for name in missed:
+        print(f"not noticed: {name}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
