@@ -57,10 +57,12 @@ def _draw(records: list[dict[str, Any]], path: Path) -> None:
     figure, (losses, indexers) = pyplot.subplots(
         2, 1, figsize=(8, 7), sharex=True, height_ratios=(3, 1), layout="constrained"
     )
-    losses.plot(steps, [record["loss"] for record in records], label="next token", linewidth=1)
+    curves = {"next token": [record["loss"] for record in records]}
     for depth in range(len(records[0]["mtp_losses"])):
-        values = [record["mtp_losses"][depth] for record in records]
-        losses.plot(steps, values, label=f"MTP, depth {depth + 1}", linewidth=1)
+        curves[f"MTP, depth {depth + 1}"] = [record["mtp_losses"][depth] for record in records]
+    for number, (label, values) in enumerate(curves.items()):
+        losses.plot(steps, values, f"C{number}", linewidth=0.5, alpha=0.3)
+        losses.plot(steps, _smooth(values), f"C{number}", label=label)
     evaluated = [record for record in records if "held_out_loss" in record]
     losses.plot(
         [record["step"] for record in evaluated],
@@ -71,10 +73,17 @@ def _draw(records: list[dict[str, Any]], path: Path) -> None:
     )
     losses.set_ylabel("nats per token")
     losses.legend()
-    indexers.plot(steps, [record["index_loss"] for record in records], "C3", linewidth=1)
+    indexers.plot(steps, [record["index_loss"] for record in records], "C3")
     indexers.set_ylabel("indexer divergence")
     indexers.set_xlabel("step")
     for axes in (losses, indexers):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """The mean of each value and those of the last fiftieth of the run before it."""
+    width = 1 + len(values) // 50
+    parts = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
+    return [sum(part) / len(part) for part in parts]

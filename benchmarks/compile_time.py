@@ -1,0 +1,126 @@
+"""Time to trace and compile a model of 78 layers against one of 8, at tiny width.
+
+Layers of one segment are a scan, so both should take the same.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.machine import describe_machine
+from glm5_jax.cache import KVCache
+from glm5_jax.config import Config
+from glm5_jax.config_json import parse_config
+from glm5_jax.model import Glm5, forward, logits
+from glm5_jax.params import abstract
+from glm5_jax.places import Places
+from glm5_jax.presets import load_preset
+
+BATCH, LENGTH, CONTEXT = 2, 256, 1024
+LAYERS = (8, 78)
+PATTERNS = {
+    "glm-5": {"first_k_dense_replace": 3},
+    "glm-5.2": {
+        "first_k_dense_replace": 3,
+        "index_topk_freq": 4,
+        "index_skip_topk_offset": 3,
+    },
+}
+
+
+def tiny(pattern: str, num_layers: int) -> Config:
+    """The demo's sizes with another number of layers, in the pattern of a published model."""
+    raw = {
+        key: value
+        for key, value in load_preset("demo").raw.items()
+        if key not in ("indexer_types", "mlp_layer_types")
+    }
+    return parse_config(raw | {"num_hidden_layers": num_layers, **PATTERNS[pattern]}).config
+
+
+def programs(config: Config) -> dict[str, Any]:
+    """Each program with the shapes of its arguments."""
+    model = abstract(Glm5(config))
+    tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+    token = jax.ShapeDtypeStruct((BATCH, 1), jnp.int32)
+    cache = jax.eval_shape(lambda: KVCache.create(config, BATCH, CONTEXT, jnp.float32))
+
+    def predict(model: Glm5, tokens: jax.Array) -> jax.Array:
+        return logits(model, forward(model, tokens, Places.unpadded(BATCH, LENGTH)).hidden_BTD)
+
+    def loss(model: Glm5, tokens: jax.Array) -> jax.Array:
+        return jnp.mean(predict(model, tokens))
+
+    def decode(model: Glm5, cache: KVCache, token: jax.Array) -> Any:
+        places = cache.next_places(jnp.ones(BATCH, jnp.int32), 1)
+        output = forward(model, token, places, cache)
+        return logits(model, output.hidden_BTD), output.cache
+
+    return {
+        "forward": (jax.jit(predict), (model, tokens)),
+        "gradient": (jax.jit(jax.grad(loss)), (model, tokens)),
+        "decode": (jax.jit(decode, donate_argnums=1), (model, cache, token)),
+    }
+
+
+def measure(pattern: str, num_layers: int, name: str) -> float:
+    """Seconds to trace, lower and compile one program, from nothing."""
+    jax.clear_caches()
+    function, arguments = programs(tiny(pattern, num_layers))[name]
+    began = time.perf_counter()
+    function.lower(*arguments).compile()
+    return time.perf_counter() - began
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures and prints; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--results", type=Path, help="folder to write compile_time.json and .md to")
+    args = parser.parse_args(arguments)
+    rows = []
+    for pattern in PATTERNS:
+        for name in ("forward", "gradient", "decode"):
+            seconds: dict[int, list[float]] = {count: [] for count in LAYERS}
+            for _ in range(args.repeats):  # A B A B
+                for count in LAYERS:
+                    seconds[count].append(measure(pattern, count, name))
+            few, many = (statistics.median(seconds[count]) for count in LAYERS)
+            rows.append(
+                {"pattern": pattern, "program": name, "seconds": seconds, "ratio": many / few}
+            )
+            print(
+                f"{pattern} {name}: {few:.1f} s, {many:.1f} s, ratio {many / few:.2f}", flush=True
+            )
+    if args.results:
+        _write(rows, args.results, args.repeats)
+    return 0
+
+
+def _write(rows: list[dict[str, Any]], folder: Path, repeats: int) -> None:
+    command = f"python -m benchmarks.compile_time --repeats {repeats}"
+    report = {"command": command, "machine": describe_machine(), "rows": rows}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "compile_time.json").write_text(json.dumps(report, indent=2) + "\n")
+    median = statistics.median
+    lines = [
+        "| layers like | program | 8 layers, s | 78 layers, s | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['pattern']} | {row['program']} | {median(row['seconds'][8]):.1f} | "
+        f"{median(row['seconds'][78]):.1f} | {row['ratio']:.2f} |"
+        for row in rows
+    ]
+    (folder / "compile_time.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

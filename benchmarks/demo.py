@@ -1,0 +1,158 @@
+"""The main job on this machine: text, a small pretrained GLM-5, conversion, the same numbers, text.
+
+Every step is one of the commands a user would type, printed before it runs. Files are left in
+build/demo.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.machine import describe_machine
+
+PROMPTS = (
+    "import os\nimport sys\n\ndef main(",
+    "class Error(Exception):\n    ",
+    "    def __init__(self, ",
+    "for name in ",
+)
+
+
+class Demo:
+    """Runs commands one by one and remembers how long each took."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.seconds: dict[str, float] = {}
+
+    def run(self, module: str, *arguments: object) -> str:
+        """Runs a command; returns what it printed, having shown it."""
+        command = {"glm5_jax": "glm5", "train": "glm5-train", "convert": "glm5-convert"}[module]
+        words = [str(argument) for argument in arguments]
+        print(f"\n$ {command} {shlex.join(words)}", flush=True)
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", module, *words], stdout=subprocess.PIPE, text=True, check=False
+        )
+        self.seconds[f"{command} {words[0]}"] = time.perf_counter() - began
+        print(done.stdout, end="", flush=True)
+        if done.returncode:
+            sys.exit(f"demo: {command} {words[0]} ended with status {done.returncode}")
+        return done.stdout
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the demo; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("build/demo"))
+    parser.add_argument("--steps", type=int, default=500, help="of training")
+    parser.add_argument("--max-bytes", type=int, default=8_000_000, help="of text")
+    parser.add_argument("--results", type=Path, help="folder to copy the report and picture to")
+    args = parser.parse_args(arguments)
+    shutil.rmtree(args.folder, ignore_errors=True)
+    args.folder.mkdir(parents=True)
+    began = time.perf_counter()
+    demo = Demo(args.folder)
+    trained = _train(demo, args.steps, args.max_bytes)
+    equal = _convert(demo, trained)
+    texts = _generate(demo, demo.folder / "native")
+    summary = demo.run("train", "report", demo.folder / "run")
+    seconds = time.perf_counter() - began
+    lines = [
+        "",
+        "=" * 78,
+        "A GLM-5 with dense and MoE layers, a sparse-attention indexer, a shared selection and a",
+        f"multi-token prediction layer, trained, converted and run in {seconds:.0f} s:",
+        "",
+        *summary.splitlines(),
+        *equal,
+        "",
+        "Continuations of the converted model, temperature 0.7:",
+        *texts,
+    ]
+    print("\n".join(lines))
+    report = {
+        "command": "make demo",
+        "machine": describe_machine(),
+        "seconds": {"in all": round(seconds, 1)}
+        | {command: round(spent, 1) for command, spent in demo.seconds.items()},
+        "summary": [*summary.splitlines(), *equal],
+        "texts": texts,
+    }
+    path = args.folder / "demo.json"
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    if args.results:
+        args.results.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, args.results / "demo.json")
+        shutil.copyfile(args.folder / "run" / "losses.png", args.results / "demo.png")
+    return 0
+
+
+def _train(demo: Demo, steps: int, max_bytes: int) -> Path:
+    """Tokenizes the standard library and trains on it; returns the last checkpoint."""
+    data, run = demo.folder / "data", demo.folder / "run"
+    demo.run("train", "prepare", data, "--max-bytes", max_bytes, "--vocab-size", 2048)
+    options = {
+        "--config": "demo",
+        "--steps": steps,
+        "--batch-size": 4,
+        "--learning-rate": 3e-3,
+        "--warmup-steps": 20,
+        "--balance-rate": 0.01,
+        "--keep": 1,
+    }
+    demo.run("train", "run", data, run, *(word for pair in options.items() for word in pair))
+    return run / f"step-{steps:06d}"
+
+
+def _convert(demo: Demo, trained: Path) -> list[str]:
+    """To the published layout and back; returns what shows that nothing has changed."""
+    published, native = demo.folder / "published", demo.folder / "native"
+    demo.run("convert", "to-hf", trained, published)
+    demo.run("convert", "from-hf", published, native)
+    difference = demo.run("convert", "diff", trained, native).strip()
+
+    tokens = demo.folder / "tokens.npy"
+    held_out = np.load(demo.folder / "data" / "held_out.npy")
+    np.save(tokens, held_out[: 2 * 256].reshape(2, 256))
+    scores = {}
+    for model in (published, native):
+        out = demo.folder / f"{model.name}.npz"
+        demo.run(
+            "glm5_jax", "score", "--model", model, "--tokens", tokens, "--out", out, "--mtp", 1
+        )
+        with np.load(out) as file:
+            scores[model.name] = dict(file)
+    gaps = {
+        name: float(np.abs(scores["published"][name] - scores["native"][name]).max())
+        for name in ("logits", "mtp_logits_1")
+    }
+    return [
+        f"converted and back   {difference}",
+        f"logits               published and native differ by {gaps['logits']:.3g} at most, "
+        f"MTP logits by {gaps['mtp_logits_1']:.3g}",
+    ]
+
+
+def _generate(demo: Demo, model: Path) -> list[str]:
+    """Continues a few prompts of code."""
+    prompts = demo.folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    options = ("--max-new-tokens", 60, "--temperature", 0.7, "--json")
+    printed = demo.run("glm5_jax", "generate", "--model", model, "--prompts", prompts, *options)
+    records = [json.loads(line) for line in printed.splitlines()]
+    return [
+        f"--- {prompt!r}\n{prompt}{record['text']}"
+        for prompt, record in zip(PROMPTS, records, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
