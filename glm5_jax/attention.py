@@ -1,13 +1,14 @@
 """Multi-head latent attention, over all visible tokens or over selected ones."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from glm5_jax.cache import Rows
+from glm5_jax.collectives import MODEL, Axes, gathered, largest, padded, total, total_share
 from glm5_jax.config import Config, MlaConfig
 from glm5_jax.linear import project, project_f32
 from glm5_jax.norm import rms_norm
@@ -28,16 +29,20 @@ class Queries(NamedTuple):
 class Attended(NamedTuple):
     """What attention returns."""
 
-    values: jax.Array  # by head: BTNV, or BTNA where values are sums of rows
-    mass: jax.Array  # float32, what each key or selected token got, summed over heads
+    values: jax.Array  # by head: BTNV, or BTNA or BTNC where they are sums of rows
+    # float32, what each key or selected token got, summed over heads; None if not asked for
+    mass: Any
+    # float32, the logarithm of the softmax's denominator: by it partial results are merged.
+    log_total_BTN: jax.Array
 
 
-# Attends from a block of queries, given with their places and their selection.
-AttendBlock = Callable[[Queries, Places, Selection], Attended]
+# Attends from a block of queries, `Queries` or absorbed ones, given with places and selection.
+AttendBlock = Callable[[Any, Places, Selection], Attended]
+Form = Literal["expanded", "absorbed", "gathered"]
 
 
 class Attention(nnx.Module):
-    """Weights of one layer's attention.
+    """Weights of one layer's attention. On a mesh a device has some of the heads.
 
     Source: DeepSeek-V2, arXiv:2405.04434, section 2.1.
     """
@@ -46,17 +51,17 @@ class Attention(nnx.Module):
         mla = config.mla
         heads, q_rank, kv_rank = mla.num_heads, mla.q_rank, mla.kv_rank
         self.config = mla
-        self.q_down = weight("q_rank embed", q_rank, config.dim)
-        self.q_norm = scale("q_rank", q_rank)
+        self.q_down = weight("q_latent embed", q_rank, config.dim)
+        self.q_norm = scale("norm", q_rank)
         self.q_up = weight("heads head_dim q_rank", heads, mla.nope_dim + mla.rope_dim, q_rank)
-        self.kv_down = weight("kv_rank embed", mla.row_dim, config.dim)
-        self.kv_norm = scale("kv_rank", kv_rank)
+        self.kv_down = weight("kv_row embed", mla.row_dim, config.dim)
+        self.kv_norm = scale("norm", kv_rank)
         self.kv_up = weight("heads head_dim kv_rank", heads, mla.nope_dim + mla.value_dim, kv_rank)
         self.out = weight("embed heads head_dim", config.dim, heads, mla.value_dim)
 
     def query_latent(self, x_BTD: jax.Array) -> jax.Array:
         """The normalised query latent BTQ, which also feeds the indexer."""
-        latent_BTQ = project("BTD,QD->BTQ", x_BTD, self.q_down)
+        latent_BTQ = gathered(project("BTD,QD->BTQ", x_BTD, self.q_down), (MODEL,), dim=2)
         return rms_norm(latent_BTQ, self.q_norm, self.config.norm_eps)
 
     def queries(self, latent_BTQ: jax.Array, turn: Rotation) -> Queries:
@@ -84,34 +89,44 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """Attends to the selected tokens.
 
-        The shapes alone decide how this is computed (`cheapest_form`), never what.
+        The shapes alone decide how this is computed (`cheapest_form`), never what. Where the slots
+        are divided, each device attends with all heads to the selected tokens it holds.
 
         Returns:
-          BTD; and if asked for, the attention that each selected token got, summed over heads, in
-          the shape of `Selection.log_share`.
+          BTD, of this device's heads; and if asked for, the attention that each selected token got,
+          summed over all heads, in the shape of `Selection.log_share`.
         """
         batch, num_queries, num_heads, _ = queries.nope_BTNH.shape
-        topk = selection.topk
-        form = cheapest_form(self.config, num_queries, rows.num_slots, topk)
-        if form == "gathered":
-            attend_block = self._gathered(rows)
-            bytes_per_query = 4 * batch * (topk or 0) * (self.config.row_dim + 2 * num_heads)
+        divided, mass = rows.are_divided, None
+        form = cheapest_form(self.config, num_queries, rows.num_slots, selection.topk, divided)
+        if form == "expanded":
+            attend_block = self._expanded(rows, key_places)
+            asked: Any = queries
         else:
-            prepare = self._expanded if form == "expanded" else self._absorbed
-            attend_block = prepare(rows, key_places)
-            bytes_per_query = 4 * batch * rows.num_slots * 2 * num_heads
+            attend_block = self._in_latent_space(rows, key_places, form)
+            asked = self._absorb_keys(queries)
+        if divided:
+            num_heads = self.config.num_heads
+            asked = jax.tree.map(lambda part: gathered(part, rows.axes, dim=2), asked)
+            selection = selection.held(rows.first_slot, rows.num_slots)
 
-        def attend_part(
-            queries: Queries, places: Places, selection: Selection
-        ) -> tuple[jax.Array, jax.Array | None]:
-            values_BTNV, mass = attend_block(queries, places, selection)
+        def attend_part(asked: Any, places: Places, selection: Selection) -> Attended:
+            values, mass, log_total_BTN = attend_block(asked, places, selection)
             if form != "gathered" and selection.index_BTK is not None:
                 mass = jnp.take_along_axis(mass, selection.index_BTK, axis=-1)
-            return values_BTNV, mass if with_mass else None
+            return Attended(values, mass if with_mass else None, log_total_BTN)
 
-        length = block_length(bytes_per_query)
-        values_BTNV, mass = map_queries(attend_part, length, queries, query_places, selection)
-        return project("BTNV,DNV->BTD", values_BTNV, self.out), mass
+        num_keys, per_key = rows.num_slots, 2 * num_heads
+        if form == "gathered" and selection.topk is not None:
+            num_keys, per_key = selection.topk, self.config.row_dim + 2 * num_heads
+        length = block_length(bytes_per_query=4 * batch * num_keys * per_key)
+        attended = map_queries(attend_part, length, asked, query_places, selection)
+        if attended.mass is not None:
+            mass = total_share(padded(attended.mass, (MODEL,), 1), (MODEL,), 1)
+        values = merged(attended, rows.axes) if divided else attended.values
+        if form != "expanded":
+            values = project("BTNC,NVC->BTNV", values, self._split_up()[1])
+        return project("BTNV,DNV->BTD", values, self.out), mass
 
     def _expanded(self, rows: Rows, key_places: Places) -> AttendBlock:
         latent_BSC, key_BSR = jnp.split(rows.all(), [self.config.kv_rank], axis=-1)
@@ -129,26 +144,20 @@ class Attention(nnx.Module):
 
         return attend_block
 
-    def _absorbed(self, rows: Rows, key_places: Places) -> AttendBlock:
-        rows_BSA = rows.all()
+    def _in_latent_space(self, rows: Rows, key_places: Places, form: Form) -> AttendBlock:
+        """Attends with absorbed queries; of the sums of rows only the latent part counts."""
 
-        def attend_block(queries: Queries, places: Places, selection: Selection) -> Attended:
-            query_BTNA = self._absorb_keys(queries)
-            seen_BTS = selection.seen(places, key_places)
-            sums = latent_attention(query_BTNA, rows_BSA, seen_BTS, scale=self.config.score_scale)
-            return self._expand_values(sums)
-
-        return attend_block
-
-    def _gathered(self, rows: Rows) -> AttendBlock:
-        def attend_block(queries: Queries, _: Places, selection: Selection) -> Attended:
-            assert selection.index_BTK is not None and selection.valid_BTK is not None
-            query_BTNA = self._absorb_keys(queries)
-            rows_BTKA = rows.taken(selection.index_BTK)
-            valid_BTK, scale = selection.valid_BTK, self.config.score_scale
-            return self._expand_values(
-                gathered_attention(query_BTNA, rows_BTKA, valid_BTK, scale=scale)
-            )
+        def attend_block(query_BTNA: jax.Array, places: Places, selection: Selection) -> Attended:
+            scale = self.config.score_scale
+            if form == "gathered":
+                assert selection.index_BTK is not None and selection.valid_BTK is not None
+                rows_BTKA = rows.taken(selection.index_BTK)
+                valid_BTK = selection.valid_BTK
+                attended = gathered_attention(query_BTNA, rows_BTKA, valid_BTK, scale=scale)
+            else:
+                seen_BTS = selection.seen(places, key_places)
+                attended = latent_attention(query_BTNA, rows.all(), seen_BTS, scale=scale)
+            return attended._replace(values=attended.values[..., : self.config.kv_rank])
 
         return attend_block
 
@@ -162,21 +171,16 @@ class Attention(nnx.Module):
         latent_BTNC = project("BTNH,NHC->BTNC", queries.nope_BTNH, self._split_up()[0])
         return jnp.concatenate([latent_BTNC, queries.rope_BTNR], axis=-1)
 
-    def _expand_values(self, attended: Attended) -> Attended:
-        """Values of every head from sums of rows, of which only the latent part counts."""
-        attended_BTNC = attended.values[..., : self.config.kv_rank]
-        value_BTNV = project("BTNC,NVC->BTNV", attended_BTNC, self._split_up()[1])
-        return Attended(value_BTNV, attended.mass)
-
 
 def cheapest_form(
-    mla: MlaConfig, num_queries: int, num_slots: int, topk: int | None
-) -> Literal["expanded", "absorbed", "gathered"]:
+    mla: MlaConfig, num_queries: int, num_slots: int, topk: int | None, are_divided: bool = False
+) -> Form:
     """Which of three equal ways to attend takes the least work, by multiply-adds per head.
 
     `expanded` forms every token's keys and values once and then works per head; `absorbed` moves
     the up-projections to the queries and attends to the rows themselves; `gathered` is absorbed,
-    over the selected rows only.
+    over the selected rows only. Divided rows are never expanded: a device has the weights of some
+    heads and the rows of some tokens.
     """
     up_projection = mla.kv_rank * (mla.nope_dim + mla.value_dim)
     per_expanded_key = mla.nope_dim + mla.rope_dim + mla.value_dim
@@ -184,10 +188,10 @@ def cheapest_form(
     expanded = num_slots * up_projection + num_queries * num_slots * per_expanded_key
     absorbed = num_queries * up_projection + num_queries * num_slots * per_row
     if topk is not None:
-        gathered = num_queries * (up_projection + topk * per_row * GATHER_COST)
-        if gathered < min(expanded, absorbed):
+        by_gathering = num_queries * (up_projection + topk * per_row * GATHER_COST)
+        if by_gathering < (absorbed if are_divided else min(expanded, absorbed)):
             return "gathered"
-    return "expanded" if expanded < absorbed else "absorbed"
+    return "expanded" if expanded < absorbed and not are_divided else "absorbed"
 
 
 def expanded_attention(
@@ -200,9 +204,9 @@ def expanded_attention(
 ) -> Attended:
     """Plain attention over per-head keys and values."""
     scores_BNTS = project_f32("BTNX,BSNX->BNTS", query_BTNX, key_BSNX) * scale
-    probs_BNTS = _softmax(scores_BNTS, seen_BTS[:, None])
+    probs_BNTS, log_total_BNT = _softmax(scores_BNTS, seen_BTS[:, None])
     value_BTNV = project("BNTS,BSNV->BTNV", probs_BNTS.astype(value_BSNV.dtype), value_BSNV)
-    return Attended(value_BTNV, jnp.sum(probs_BNTS, axis=1))
+    return Attended(value_BTNV, jnp.sum(probs_BNTS, axis=1), jnp.swapaxes(log_total_BNT, 1, 2))
 
 
 def latent_attention(
@@ -213,9 +217,9 @@ def latent_attention(
     Source: DeepSeek-V2, arXiv:2405.04434, section 2.1.2, on absorbing the up-projections.
     """
     scores_BNTS = project_f32("BTNA,BSA->BNTS", query_BTNA, rows_BSA) * scale
-    probs_BNTS = _softmax(scores_BNTS, seen_BTS[:, None])
+    probs_BNTS, log_total_BNT = _softmax(scores_BNTS, seen_BTS[:, None])
     sums_BTNA = project("BNTS,BSA->BTNA", probs_BNTS.astype(rows_BSA.dtype), rows_BSA)
-    return Attended(sums_BTNA, jnp.sum(probs_BNTS, axis=1))
+    return Attended(sums_BTNA, jnp.sum(probs_BNTS, axis=1), jnp.swapaxes(log_total_BNT, 1, 2))
 
 
 def gathered_attention(
@@ -223,15 +227,28 @@ def gathered_attention(
 ) -> Attended:
     """`latent_attention` where every query has its own K rows; the work is O(K) per query."""
     scores_BTNK = project_f32("BTNA,BTKA->BTNK", query_BTNA, rows_BTKA) * scale
-    probs_BTNK = _softmax(scores_BTNK, valid_BTK[:, :, None])
+    probs_BTNK, log_total_BTN = _softmax(scores_BTNK, valid_BTK[:, :, None])
     sums_BTNA = project("BTNK,BTKA->BTNA", probs_BTNK.astype(rows_BTKA.dtype), rows_BTKA)
-    return Attended(sums_BTNA, jnp.sum(probs_BTNK, axis=2))
+    return Attended(sums_BTNA, jnp.sum(probs_BTNK, axis=2), log_total_BTN)
 
 
-def _softmax(scores: jax.Array, seen: jax.Array) -> jax.Array:
-    """Softmax over the seen entries of the last axis.
+def merged(attended: Attended, axes: Axes) -> jax.Array:
+    """Attention over all tokens, from what shards with all heads paid to the tokens they hold.
+
+    Returns:
+      The values of this device's share of the heads.
+    """
+    log_total_BTN = attended.log_total_BTN
+    part_BTN = jnp.exp(log_total_BTN - largest(log_total_BTN, axes))
+    weight_BTN = part_BTN / total(part_BTN, axes)
+    weighted = attended.values * weight_BTN[..., None].astype(attended.values.dtype)
+    return total_share(weighted, axes, dim=2)
+
+
+def _softmax(scores: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Softmax over the seen entries of the last axis, and the logarithm of its denominator.
 
     Hidden scores are finite: a query that sees nothing, as padding does, must not yield NaN.
     """
-    hidden = jnp.finfo(scores.dtype).min
-    return jax.nn.softmax(jnp.where(seen, scores, hidden), axis=-1)
+    scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
+    return jax.nn.softmax(scores, axis=-1), jax.nn.logsumexp(scores, axis=-1)

@@ -7,6 +7,7 @@ from flax import nnx
 
 from glm5_jax.attention import Attention
 from glm5_jax.cache import Rows
+from glm5_jax.collectives import MODEL, share, spread, total
 from glm5_jax.config import Config
 from glm5_jax.experts import Experts
 from glm5_jax.indexer import Indexer
@@ -18,6 +19,7 @@ from glm5_jax.params import scale
 from glm5_jax.places import Places
 from glm5_jax.rope import Rotation
 from glm5_jax.selection import Selection, divergence
+from glm5_jax.sharding import Rules
 
 
 class Memory(NamedTuple):
@@ -36,14 +38,15 @@ class Setting(NamedTuple):
     turn: Rotation
     counted_BT: jax.Array  # True for queries that count in reports
     teach_indexers: bool  # whether to report how far they are from the attention paid
+    rules: Rules  # where weights are kept
 
 
 class Report(NamedTuple):
-    """What can be observed of a layer."""
+    """What can be observed of a layer, by one device of its part of the batch."""
 
     load_E: jax.Array | None  # counted tokens per expert, int32; None for dense layers
     selection: Selection
-    index_nats: jax.Array | None  # divergence of the indexer, summed over counted queries
+    index_nats: jax.Array | None  # divergence of the indexer, summed over its counted queries
 
 
 class Block(nnx.Module):
@@ -51,10 +54,10 @@ class Block(nnx.Module):
 
     def __init__(self, kind: LayerKind, config: Config):
         self.norm_eps = config.norm_eps
-        self.attention_norm = scale("embed", config.dim)
+        self.attention_norm = scale("norm", config.dim)
         self.attention = Attention(config)
         self.indexer = Indexer(config) if kind.indexer == "full" else None
-        self.mlp_norm = scale("embed", config.dim)
+        self.mlp_norm = scale("norm", config.dim)
         self.mlp = Moe(config) if kind.mlp == "moe" else Mlp(config.dim, config.dense_ffn)
 
     def __call__(
@@ -78,7 +81,7 @@ class Block(nnx.Module):
           need.
         """
         turn, queries_at, keys_at = setting.turn, setting.query_places, setting.key_places
-        normed_BTD = rms_norm(x_BTD, self.attention_norm, self.norm_eps)
+        normed_BTD = spread(rms_norm(x_BTD, self.attention_norm, self.norm_eps), (MODEL,))
         latent_BTQ = self.attention.query_latent(normed_BTD)
         rows = _remember(
             None if memory is None else memory.rows,
@@ -108,18 +111,23 @@ class Block(nnx.Module):
             selection,
             with_mass=setting.teach_indexers,
         )
-        index_nats = None if mass is None else divergence(mass, selection, setting.counted_BT)
-        x_BTD = x_BTD + out_BTD
+        index_nats = None
+        if mass is not None:
+            index_nats = divergence(mass, selection, share(setting.counted_BT, (MODEL,), 1))
+        x_BTD = x_BTD + total(out_BTD, (MODEL,))
 
         normed_BTD = rms_norm(x_BTD, self.mlp_norm, self.norm_eps)
         load_E = None
         if isinstance(self.mlp, Moe):
             assert experts is not None
-            out_BTD, load_E = self.mlp(normed_BTD, experts, first_expert, setting.counted_BT)
+            expert_axes = setting.rules.axes["experts"]
+            out_BTD, load_E = self.mlp(
+                normed_BTD, experts, first_expert, setting.counted_BT, expert_axes
+            )
         else:
-            out_BTD = self.mlp(normed_BTD)
+            out_BTD = self.mlp(spread(normed_BTD, (MODEL,)))
         report = Report(load_E, selection, index_nats)
-        return x_BTD + out_BTD, Memory(rows, index_keys), report
+        return x_BTD + total(out_BTD, (MODEL,)), Memory(rows, index_keys), report
 
 
 def _remember(rows: Rows | None, new_BTA: jax.Array, slot_BT: jax.Array | None) -> Rows:

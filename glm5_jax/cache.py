@@ -2,16 +2,19 @@
 
 Each layer keeps one row per token, its normalised latent followed by its rotated key, and layers
 with an indexer also keep the token's index key. A token's slot is its position, so padding is
-never stored and one compiled step serves every length up to the capacity.
+never stored and one compiled step serves every length up to the capacity. On a mesh the slots of
+a sequence are divided over `model`, in order: latents have no heads to divide.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from glm5_jax.bits import as_bits, from_bits
+from glm5_jax.collectives import BATCH, MODEL, Axes, num_shards, shard_index
 from glm5_jax.config import Config
 from glm5_jax.places import Places
 
@@ -28,6 +31,7 @@ class Rows:
     stack_LBSA: jax.Array
     layer: jax.Array
     dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
+    axes: Axes = dataclasses.field(default=(), metadata={"static": True})  # that divide the slots
 
     @classmethod
     def of(cls, rows_BSA: jax.Array) -> "Rows":
@@ -36,8 +40,23 @@ class Rows:
 
     @property
     def num_slots(self) -> int:
-        """Number of keys a query can see, S."""
+        """Number of slots held here, S."""
         return self.stack_LBSA.shape[2]
+
+    @property
+    def all_slots(self) -> int:
+        """Number of keys a query can see, here and on other shards."""
+        return self.num_slots * num_shards(self.axes)
+
+    @property
+    def are_divided(self) -> bool:
+        """Whether other shards hold slots too."""
+        return num_shards(self.axes) > 1
+
+    @property
+    def first_slot(self) -> jax.Array:
+        """The first of the slots held here."""
+        return shard_index(self.axes) * self.num_slots
 
     def written(self, rows_BTA: jax.Array, slot_BT: jax.Array) -> "Rows":
         """With new rows at their slots; a slot outside the capacity is not stored."""
@@ -48,15 +67,13 @@ class Rows:
         return dataclasses.replace(self, stack_LBSA=stack_LBSA)
 
     def all(self) -> jax.Array:
-        """Every row, BSA."""
+        """Every row held here, BSA."""
         return from_bits(self.stack_LBSA[self.layer], self.dtype)
 
     def taken(self, index_BTK: jax.Array) -> jax.Array:
-        """The rows at the given slots, BTKA."""
+        """The rows at the given slots of those held here, BTKA; others give some row."""
         batch_B11 = jnp.arange(index_BTK.shape[0])[:, None, None]
-        rows_BTKA = self.stack_LBSA.at[self.layer, batch_B11, index_BTK].get(
-            mode="promise_in_bounds"
-        )
+        rows_BTKA = self.stack_LBSA.at[self.layer, batch_B11, index_BTK].get(mode="clip")
         return from_bits(rows_BTKA, self.dtype)
 
 
@@ -100,10 +117,22 @@ class KVCache:
         )
         return cls(segments, jnp.zeros((batch,), jnp.int32), jnp.dtype(dtype))
 
+    @classmethod
+    def specs(cls, config: Config, dtype: jax.typing.DTypeLike) -> Any:
+        """The mesh axes that divide each array: rows of the batch, and slots over `model`."""
+        stack = PartitionSpec(None, BATCH, MODEL, None)
+        shapes = jax.eval_shape(lambda: cls.create(config, 1, 1, dtype))
+        segments = jax.tree.map(lambda _: stack, shapes.segments)
+        return dataclasses.replace(shapes, segments=segments, length_B=PartitionSpec(BATCH))
+
     @property
-    def capacity(self) -> int:
-        """Slots per sequence."""
+    def num_slots(self) -> int:
+        """Slots per sequence that are held here."""
         return self.segments[0][0].rows_LBSA.shape[2]
+
+    @property
+    def _first_slot(self) -> jax.Array:
+        return shard_index((MODEL,)) * self.num_slots
 
     def next_places(self, count_B: jax.Array, length: int) -> Places:
         """The places of new tokens: the first `count_B` of each row's `length`, then padding."""
@@ -112,12 +141,15 @@ class KVCache:
         return Places(self.length_B[:, None] + index_T, real_BT.astype(jnp.int32))
 
     def key_places(self) -> Places:
-        """The places of the slots. Slots not yet filled lie after every query."""
-        return Places.unpadded(self.length_B.shape[0], self.capacity)
+        """The places of the slots held here. Slots not yet filled lie after every query."""
+        places = Places.unpadded(self.length_B.shape[0], self.num_slots)
+        return Places(places.position_BT + self._first_slot, places.segment_BT)
 
     def slots(self, places: Places) -> jax.Array:
-        """Where the rows of new tokens go: BT, the capacity for those that are not stored."""
-        return jnp.where(places.real_BT, places.position_BT, self.capacity)
+        """Where the rows of new tokens go: BT, the number of slots for those not stored here."""
+        slot_BT = places.position_BT - self._first_slot
+        is_here_BT = places.real_BT & (slot_BT >= 0)
+        return jnp.where(is_here_BT, slot_BT, self.num_slots)
 
     def grown(self, places: Places) -> jax.Array:
         """The lengths once the tokens at `places` are stored."""

@@ -17,6 +17,7 @@ from glm5_jax.errors import InputError
 from glm5_jax.model import Glm5
 from glm5_jax.params import ParamSpec, leaf_dtype, leaves_by_path, map_specs
 from glm5_jax.published.names import num_stacked_axes
+from glm5_jax.sharding import Partition, keeping
 from glm5_jax.tree_store import TreeReader, TreeWriter, write_tree
 
 CONFIG_NAME = "config.json"
@@ -100,11 +101,18 @@ def write_model(directory: Path, model: Glm5, text_from: Path | None = None) -> 
     write_tree(directory / PARAMS_NAME, arrays, leaves, beside=[CONFIG_NAME])
 
 
-def restore_checkpoint(directory: Path, dtype: jax.typing.DTypeLike | None = None) -> Glm5:
+def restore_checkpoint(
+    directory: Path,
+    dtype: jax.typing.DTypeLike | None = None,
+    partition: Partition | None = None,
+) -> Glm5:
     """Restores a native checkpoint, every chunk of it verified.
+
+    A process reads the chunks that its devices need, whatever mesh the checkpoint was saved from.
 
     Args:
       dtype: to convert the weights to, but for pinned ones; as they are stored unless given.
+      partition: the devices that keep the weights; the first one unless given.
 
     Raises:
       InputError: the checkpoint is incomplete or damaged, or not one of its config.
@@ -113,10 +121,10 @@ def restore_checkpoint(directory: Path, dtype: jax.typing.DTypeLike | None = Non
     blueprint = Glm5(config)
     reader = TreeReader(directory / PARAMS_NAME)
     check_leaves(reader, leaves_by_path(blueprint))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = keeping(partition)
 
     def restore(leaf: str, spec: ParamSpec) -> jax.Array:
-        stored = reader.restore(leaf, device)
+        stored = reader.restore(leaf, sharding(spec))
         return stored.astype(leaf_dtype(spec, dtype or stored.dtype))
 
     return map_specs(restore, blueprint)

@@ -1,10 +1,13 @@
 """The lightning indexer of DeepSeek sparse attention: which tokens each query attends to."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from glm5_jax.cache import Rows
+from glm5_jax.collectives import MODEL, alike, exchanged, gathered, joined, padded, share
 from glm5_jax.config import Config
 from glm5_jax.linear import product_f32, project
 from glm5_jax.norm import layer_norm
@@ -21,7 +24,7 @@ _FEW_QUERIES = 8
 
 
 class Indexer(nnx.Module):
-    """Weights of one layer's indexer.
+    """Weights of one layer's indexer. On a mesh a device has some of the query heads.
 
     Source: DeepSeek-V3.2, arXiv:2512.02556, section 2.1; half-size rotary part in front.
     """
@@ -35,7 +38,7 @@ class Indexer(nnx.Module):
         self.key = weight("index_dim embed", width, config.dim)
         self.key_scale = scale("index_dim", width)
         self.key_bias = bias("index_dim", width)
-        self.head_gate = weight("index_heads embed", heads, config.dim)
+        self.head_gate = weight("index_gates embed", heads, config.dim)
 
     def keys(self, x_BTD: jax.Array, turn: Rotation) -> jax.Array:
         """The index keys of tokens, BTJ; `x_BTD` is the layer's normalised input."""
@@ -44,7 +47,7 @@ class Indexer(nnx.Module):
         return self._rotated(normed_BTJ, turn)
 
     def queries(self, latent_BTQ: jax.Array, turn: Rotation) -> jax.Array:
-        """The index queries, BTIJ, from the normalised query latent of the attention."""
+        """This device's heads' queries, BTIJ, from the attention's normalised query latent."""
         return self._rotated(project("BTQ,IJQ->BTIJ", latent_BTQ, self.query), turn)
 
     def gates(self, x_BTD: jax.Array) -> jax.Array:
@@ -67,24 +70,45 @@ class Indexer(nnx.Module):
         query_places: Places,
         key_places: Places,
     ) -> Selection:
-        """The `topk` visible tokens of highest score, per query; all where there are no more."""
-        topk = self.config.topk
-        if keys.num_slots <= topk:
+        """The `topk` visible tokens of highest score, per query; all where there are no more.
+
+        On a mesh each device does this for its share of the queries, or, where the slots are
+        divided, for all queries among the slots it holds; then the best of these are chosen.
+        """
+        if keys.all_slots <= self.config.topk:
             return Selection()
         # Selecting is not differentiable: the indexer learns from what it expects (`log_share`).
         x_BTD, latent_BTQ = jax.lax.stop_gradient((x_BTD, latent_BTQ))
         keys_BSJ = jax.lax.stop_gradient(keys.all())
+        most = min(self.config.topk, keys.num_slots)
 
-        def select_block(query_BTIJ: jax.Array, gate_BTI: jax.Array, places: Places) -> Selection:
+        def propose(query_BTIJ: jax.Array, gate_BTI: jax.Array, places: Places) -> Candidates:
             scores_BTS = index_scores(query_BTIJ, keys_BSJ, gate_BTI)
             masked_BTS = jnp.where(visible(places, key_places), scores_BTS, -jnp.inf)
-            highest_BTK, index_BTK = jax.lax.top_k(masked_BTS, topk)
-            return Selection(index_BTK, highest_BTK > -jnp.inf)
+            return Candidates(*jax.lax.top_k(masked_BTS, most))
 
-        batch = x_BTD.shape[0]
+        batch, num_queries, _ = x_BTD.shape
         length = block_length(bytes_per_query=3 * 4 * batch * keys.num_slots)
-        queries = (self.queries(latent_BTQ, turn), self.gates(x_BTD), query_places)
-        return map_queries(select_block, length, *queries)
+        if keys.are_divided:
+            query_BTIJ = gathered(self.queries(latent_BTQ, turn), (MODEL,), 2)
+            found = map_queries(propose, length, query_BTIJ, self.gates(x_BTD), query_places)
+            found = found._replace(index_BTK=found.index_BTK + keys.first_slot)
+            found = _best_of_all_shards(found, self.config.topk)
+        else:
+            found = map_queries(
+                propose, length, *self._shared(x_BTD, latent_BTQ, turn, query_places)
+            )
+            found = jax.tree.map(lambda part: joined(part, (MODEL,), 1, num_queries), found)
+        return Selection(found.index_BTK, found.score_BTK > -jnp.inf)
+
+    def _shared(
+        self, x_BTD: jax.Array, latent_BTQ: jax.Array, turn: Rotation, places: Places
+    ) -> tuple[jax.Array, jax.Array, Places]:
+        """Queries of all heads, gates and places of this device's share of the tokens."""
+        query_BTIJ = padded(self.queries(latent_BTQ, turn), (MODEL,), 1)
+        gate_BTI = self.gates(share(x_BTD, (MODEL,), 1))
+        part = jax.tree.map(lambda leaf_BT: share(leaf_BT, (MODEL,), 1), places)
+        return exchanged(query_BTIJ, (MODEL,), split=1, join=2), gate_BTI, part
 
     def log_share(
         self,
@@ -99,7 +123,7 @@ class Indexer(nnx.Module):
         The one output that its gradient passes through; its inputs get none.
 
         Returns:
-          The log-softmax of the scores over the selected tokens, shaped as `Selection.log_share`.
+          The log-softmax of the scores over the selected tokens, as `Selection.log_share` is.
         """
         x_BTD, latent_BTQ = jax.lax.stop_gradient((x_BTD, latent_BTQ))
         keys = Rows.of(self.keys(x_BTD, turn))
@@ -121,8 +145,38 @@ class Indexer(nnx.Module):
 
         per_query = topk * self.config.head_dim if gathers else keys.num_slots * num_heads
         length = block_length(bytes_per_query=2 * 4 * x_BTD.shape[0] * per_query)
-        queries = (self.queries(latent_BTQ, turn), self.gates(x_BTD), places)
+        selection = jax.tree.map(lambda leaf_BTK: share(leaf_BTK, (MODEL,), 1), selection)
+        queries = self._shared(x_BTD, latent_BTQ, turn, places)
         return map_queries(share_block, length, *queries, selection)
+
+
+class Candidates(NamedTuple):
+    """Tokens of highest score among some: the highest first, of equals the lowest slot."""
+
+    score_BTK: jax.Array
+    index_BTK: jax.Array
+
+
+def _best_of_all_shards(found: Candidates, topk: int) -> Candidates:
+    """The best of the shards' candidates; each device settles this for its share of the queries.
+
+    Shards follow each other in the order of their slots, so the lowest slot still wins.
+    """
+    batch, num_queries, _ = found.index_BTK.shape
+
+    def assemble(part_BTK: jax.Array) -> jax.Array:
+        by_query = padded(part_BTK.reshape(batch * num_queries, -1), (MODEL,), 0)
+        return exchanged(by_query, (MODEL,), split=0, join=1)
+
+    scores, indices = map(assemble, found)
+    highest, position = jax.lax.top_k(scores, topk)
+    chosen = (highest, jnp.take_along_axis(indices, position, axis=1))
+    return Candidates(
+        *(
+            joined(part, (MODEL,), 0, batch * num_queries).reshape(batch, num_queries, topk)
+            for part in chosen
+        )
+    )
 
 
 def index_scores(query_BTIJ: jax.Array, keys_BSJ: jax.Array, gate_BTI: jax.Array) -> jax.Array:
@@ -159,6 +213,7 @@ def _scores_by_head(query_BTIJ: jax.Array, keys_BSJ: jax.Array, gate_BTI: jax.Ar
     batch, num_queries, _ = gate_BTI.shape
     nothing_BTS = jnp.zeros((batch, num_queries, keys_BSJ.shape[1]), jnp.float32)
     by_head = (jnp.moveaxis(query_BTIJ, 2, 0), jnp.moveaxis(gate_BTI, 2, 0))
+    nothing_BTS, by_head, keys_BSJ = alike(nothing_BTS, by_head, keys_BSJ)
     return jax.lax.scan(add_head, nothing_BTS, by_head)[0]
 
 

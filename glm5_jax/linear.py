@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from glm5_jax.collectives import alike
+
 
 def project(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     """An einsum of two arrays of one dtype, accumulated in float32 and rounded once, to that dtype.
@@ -15,13 +17,17 @@ def project(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     return project_f32(subscripts, x, weight).astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def project_f32(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     """`project` with the result left in float32.
 
     Gradients are rounded to the operands' dtype before they are multiplied in turn: left alone,
     JAX would widen the operands of both backward products to float32.
     """
+    return _product(subscripts, *alike(x, weight))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     if x.dtype == jnp.float32 or not _has_batch_axes(subscripts):
         return _accumulated(subscripts, x, weight)
     return jax.lax.platform_dependent(
@@ -50,7 +56,7 @@ def _has_batch_axes(subscripts: str) -> bool:
 def _project_forward(
     subscripts: str, x: jax.Array, weight: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return project_f32(subscripts, x, weight), (x, weight)
+    return _product(subscripts, x, weight), (x, weight)
 
 
 def _project_backward(
@@ -66,7 +72,7 @@ def _project_backward(
     )
 
 
-project_f32.defvjp(_project_forward, _project_backward)
+_product.defvjp(_project_forward, _project_backward)
 
 
 def product_f32(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -9,8 +9,8 @@ from flax import nnx
 from glm5_jax.bits import as_bits
 from glm5_jax.block import Report, Setting
 from glm5_jax.cache import KVCache, LayerCache
+from glm5_jax.collectives import MODEL, num_shards
 from glm5_jax.config import Config
-from glm5_jax.linear import project_f32
 from glm5_jax.mtp import Mtp
 from glm5_jax.norm import rms_norm
 from glm5_jax.params import leaf_path, scale, weight
@@ -18,6 +18,8 @@ from glm5_jax.places import Places
 from glm5_jax.rope import rotation
 from glm5_jax.segment import Observe, Segment, run_segment
 from glm5_jax.selection import Selection
+from glm5_jax.sharding import DECODE, Rules, whole
+from glm5_jax.vocabulary import look_up, scores
 
 
 class Glm5(nnx.Module):
@@ -27,7 +29,7 @@ class Glm5(nnx.Module):
         self.config = config
         self.embedding = weight("vocab embed", config.vocab_size, config.dim)
         self.segments = nnx.List([Segment(plan, config) for plan in config.segments])
-        self.norm = scale("embed", config.dim)
+        self.norm = scale("norm", config.dim)
         self.head = weight("vocab embed", config.vocab_size, config.dim)
         self.mtp = Mtp(config) if config.num_mtp_layers else None
 
@@ -51,11 +53,15 @@ def forward(
     places: Places,
     cache: KVCache | None = None,
     *,
+    rules: Rules = DECODE,
     remat: bool = False,
     teach_indexers: bool = False,
     observe: Observe = observe_load,
 ) -> Output:
     """Runs all layers over a batch of tokens.
+
+    On a mesh this runs inside a `jax.shard_map` over it (`Partition.on_shards`): arguments and
+    results are one device's shards.
 
     Args:
       model: with arrays at its leaves, of one dtype but for those that are pinned to another.
@@ -63,6 +69,7 @@ def forward(
       places: where the tokens stand. With a cache, the tokens of a row are of one sequence.
       cache: of earlier tokens; the new ones are stored in the cache that is returned. Those beyond
         its capacity are not stored, and then not seen.
+      rules: where weights are kept on a mesh.
       remat: for the gradient keep only the input of each group of layers, and compute the rest
         again.
       teach_indexers: whether layers report how far their indexers are from the attention paid. A
@@ -92,18 +99,16 @@ def forward(
         turn=rotation(places.position_BT, config.mla.rope_dim, config.rope_theta),
         counted_BT=places.real_BT,
         teach_indexers=teach_indexers,
+        rules=rules,
     )
-    num_slots = setting.key_places.position_BT.shape[1]
-    topk = config.indexer.topk
     batch, length = tokens_BT.shape
-    selection = Selection()
-    if num_slots > topk:
-        selection = Selection.nothing(batch, length, topk, with_share=teach_indexers)
-    elif teach_indexers:
-        selection = Selection(log_share=jnp.zeros((batch, length, num_slots), jnp.float32))
+    num_slots = length if cache is None else cache.num_slots * num_shards((MODEL,))
+    selection = Selection.nothing(
+        batch, length, num_slots, config.indexer.topk, with_share=teach_indexers
+    )
     starts_shared = [plan.starts_shared for plan in config.segments] + [False]
 
-    x_BTD = model.embedding[tokens_BT]
+    x_BTD = embed(model, tokens_BT, rules)
     segments: list[tuple[LayerCache, ...]] = []
     observed = []
     for number, segment in enumerate(model.segments):
@@ -126,9 +131,18 @@ def forward(
     return Output(hidden_BTD, cache, tuple(observed))
 
 
-def logits(model: Glm5, hidden_BTD: jax.Array) -> jax.Array:
-    """Scores of the next token, BTZ float32, from hidden states of the model or its MTP layer."""
-    return project_f32("BTD,ZD->BTZ", hidden_BTD, model.head)
+def embed(model: Glm5, tokens_BT: jax.Array, rules: Rules = DECODE) -> jax.Array:
+    """The embeddings of tokens, BTD."""
+    return look_up(whole(model.embedding, Glm5(model.config).embedding, rules), tokens_BT)
+
+
+def logits(model: Glm5, hidden_BTD: jax.Array, rules: Rules = DECODE) -> jax.Array:
+    """Scores of the next token, from hidden states of the model or its MTP layer.
+
+    Returns:
+      BTZ float32; on a mesh, of this device's share of the vocabulary.
+    """
+    return scores(whole(model.head, Glm5(model.config).head, rules), hidden_BTD)
 
 
 def predict_ahead(
@@ -138,6 +152,7 @@ def predict_ahead(
     places: Places,
     depth: int,
     *,
+    rules: Rules = DECODE,
     teach_indexers: bool = False,
 ) -> list[tuple[jax.Array, Report]]:
     """Applies the MTP layer `depth` times, each time seeing one token further.
@@ -157,12 +172,13 @@ def predict_ahead(
         raise ValueError("the model has no MTP layer")
     config = model.config
     turn = rotation(places.position_BT, config.mla.rope_dim, config.rope_theta)
+    mtp = whole(model.mtp, Mtp(config), rules)
     predictions = []
     for distance in range(1, depth + 1):
         tokens_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
         counted_BT = places.followed(distance)
-        setting = Setting(places, places, None, turn, counted_BT, teach_indexers)
-        hidden_BTD, report = model.mtp(hidden_BTD, model.embedding[tokens_BT], setting)
+        setting = Setting(places, places, None, turn, counted_BT, teach_indexers, rules)
+        hidden_BTD, report = mtp(hidden_BTD, embed(model, tokens_BT, rules), setting)
         predictions.append((hidden_BTD, report))
     return predictions
 

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from glm5_jax.collectives import MODEL, Axes, spread
 from glm5_jax.config import Config, MoeConfig
-from glm5_jax.experts import Experts, apply_experts
+from glm5_jax.exchange import apply_experts
+from glm5_jax.experts import Experts
 from glm5_jax.linear import product_f32
 from glm5_jax.mlp import Mlp
 from glm5_jax.params import bias, weight
@@ -71,7 +73,12 @@ class Moe(nnx.Module):
         self.shared = Mlp(config.dim, config.moe.ffn * config.moe.num_shared_experts)
 
     def __call__(
-        self, x_BTD: jax.Array, experts: Experts, first_expert: jax.Array, counted_BT: jax.Array
+        self,
+        x_BTD: jax.Array,
+        experts: Experts,
+        first_expert: jax.Array,
+        counted_BT: jax.Array,
+        expert_axes: Axes,
     ) -> tuple[jax.Array, jax.Array]:
         """Applies the chosen experts and the shared one.
 
@@ -79,12 +86,23 @@ class Moe(nnx.Module):
           experts: this layer's, or those of several layers in a row.
           first_expert: where this layer's experts begin among them.
           counted_BT: which tokens count for the loads.
+          expert_axes: of the mesh, that the experts are divided over.
 
         Returns:
-          BTD, and the load of each expert: how many counted tokens chose it, E int32.
+          BTD, of this device's share of the feed-forward width; and the load of each expert: how
+          many counted tokens of this device chose it, E int32.
         """
         routing = self.router(x_BTD)
-        routed_BTD = apply_experts(experts, first_expert, x_BTD, *routing)
+        x_BTD, gate_BTK = spread((x_BTD, routing.gate_BTK), (MODEL,))
+        routed_BTD = apply_experts(
+            experts,
+            first_expert,
+            x_BTD,
+            routing.expert_BTK,
+            gate_BTK,
+            num_experts=self.router.config.num_experts,
+            axes=expert_axes,
+        )
         load_E = jnp.zeros(self.router.weight.shape[0], jnp.int32)
         load_E = load_E.at[routing.expert_BTK].add(counted_BT[..., None].astype(jnp.int32))
         return routed_BTD + self.shared(x_BTD), load_E

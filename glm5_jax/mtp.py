@@ -18,12 +18,12 @@ class Mtp(nnx.Module):
 
     def __init__(self, config: Config):
         self.norm_eps = config.norm_eps
-        self.embedding_norm = scale("embed", config.dim)
-        self.hidden_norm = scale("embed", config.dim)
+        self.embedding_norm = scale("norm", config.dim)
+        self.hidden_norm = scale("norm", config.dim)
         self.join = weight("embed joined", config.dim, 2 * config.dim)
         self.block = Block(config.mtp_kind, config)
         self.experts = Experts(config)
-        self.norm = scale("embed", config.dim)
+        self.norm = scale("norm", config.dim)
 
     def __call__(
         self, hidden_BTD: jax.Array, embedded_BTD: jax.Array, setting: Setting

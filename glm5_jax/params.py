@@ -138,8 +138,19 @@ def initialize(
     return map_specs(draw, blueprint)
 
 
-def abstract(blueprint: Tree, dtype: jax.typing.DTypeLike = jnp.float32) -> Tree:
-    """The shapes and dtypes of the weights, for tracing without memory."""
+def abstract(
+    blueprint: Tree,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    sharding: Callable[[ParamSpec], jax.sharding.Sharding | None] = lambda _: None,
+) -> Tree:
+    """The shapes and dtypes of the weights, for tracing without memory.
+
+    Args:
+      sharding: how a weight lies on devices, for compiling for a mesh.
+    """
     return map_specs(
-        lambda _, spec: jax.ShapeDtypeStruct(spec.shape, leaf_dtype(spec, dtype)), blueprint
+        lambda _, spec: jax.ShapeDtypeStruct(
+            spec.shape, leaf_dtype(spec, dtype), sharding=sharding(spec)
+        ),
+        blueprint,
     )

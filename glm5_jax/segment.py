@@ -9,11 +9,13 @@ from flax import nnx
 
 from glm5_jax.block import Block, Memory, Report, Setting
 from glm5_jax.cache import LayerCache, Rows
+from glm5_jax.collectives import MODEL, num_shards
 from glm5_jax.config import Config
 from glm5_jax.experts import Experts
 from glm5_jax.layers import SegmentPlan
 from glm5_jax.params import stacked
 from glm5_jax.selection import Selection
+from glm5_jax.sharding import whole
 
 # What to return of a layer, of all that can be seen of it.
 Observe = Callable[[Report], Any]
@@ -24,6 +26,7 @@ class Segment(nnx.Module):
 
     def __init__(self, plan: SegmentPlan, config: Config):
         self.plan = plan
+        self.config = config
         self.layers = nnx.List([stacked(Block(kind, config), plan.count) for kind in plan.unit])
         # Beside the layers: a scan hands out a layer's weights by copying them, which is right for
         # all but the experts, of which decoding reads a few.
@@ -59,19 +62,22 @@ def run_segment(
       BTD, the last selection (as given where it is not carried), the caches with the new tokens,
       and by slot what was observed, stacked over the groups.
     """
-    whole = [None if experts is None else experts.in_a_row() for experts in segment.experts]
+    config, rules = segment.config, setting.rules
+    in_a_row = [None if experts is None else experts.in_a_row() for experts in segment.experts]
+    experts_here = config.moe.num_experts // num_shards(rules.axes["experts"])
 
     def run_group(carry: Any, scanned: Any) -> tuple[Any, tuple[Any, ...]]:
         x_BTD, selection, caches = carry
         group, blocks, experts = scanned
         updated, observed = [], []
-        for slot, block in enumerate(blocks):
+        for slot, (kind, block) in enumerate(zip(segment.plan.unit, blocks, strict=True)):
+            block = whole(block, Block(kind, config), rules)
             if caches is None:
-                memory, own_experts, first = None, experts[slot], jnp.zeros((), jnp.int32)
+                memory, first = None, jnp.zeros((), jnp.int32)
+                own_experts = experts[slot] and whole(experts[slot], Experts(config), rules)
             else:
                 memory = _memory(caches[slot], group, cache_dtype)
-                own_experts = whole[slot]
-                first = group * (0 if own_experts is None else own_experts.num_experts)
+                own_experts, first = in_a_row[slot], group * experts_here
             x_BTD, memory, report = block(x_BTD, own_experts, first, memory, selection, setting)
             selection = report.selection
             updated.append(_stacks(memory))
@@ -95,8 +101,8 @@ def run_segment(
 def _memory(cache: LayerCache, layer: jax.Array, dtype: jnp.dtype) -> Memory:
     keys_LBSJ = cache.index_keys_LBSJ
     return Memory(
-        Rows(cache.rows_LBSA, layer, dtype),
-        None if keys_LBSJ is None else Rows(keys_LBSJ, layer, dtype),
+        Rows(cache.rows_LBSA, layer, dtype, (MODEL,)),
+        None if keys_LBSJ is None else Rows(keys_LBSJ, layer, dtype, (MODEL,)),
     )
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from glm5_jax.collectives import MESH_AXES, MODEL, share_length, spread
 from glm5_jax.places import Places, visible
 
 
@@ -18,20 +19,36 @@ class Selection(NamedTuple):
     index_BTK: jax.Array | None = None  # int32 slots
     valid_BTK: jax.Array | None = None  # False where a query sees fewer than K tokens
     # The logarithm of the share of attention that the indexer expects each selected token to get:
-    # BTK, or BTS without an index. Only where the indexer is to learn.
+    # BTK, or BTS without an index; on a mesh, for this device's share of the queries along `model`.
+    # Only where the indexer is to learn.
     log_share: jax.Array | None = None
 
     @classmethod
-    def nothing(cls, batch: int, length: int, topk: int, *, with_share: bool) -> "Selection":
-        """A selection of no token."""
-        shape = (batch, length, topk)
-        log_share = jnp.zeros(shape, jnp.float32) if with_share else None
-        return cls(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool), log_share)
+    def nothing(
+        cls, batch: int, length: int, num_slots: int, topk: int, *, with_share: bool
+    ) -> "Selection":
+        """A selection of no token, such as one of that many slots would be."""
+        nothing = cls()
+        if num_slots > topk:
+            shape = (batch, length, topk)
+            nothing = cls(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
+        if with_share:
+            shape = (batch, share_length(length, (MODEL,)), min(num_slots, topk))
+            nothing = nothing._replace(log_share=jnp.zeros(shape, jnp.float32))
+        return spread(nothing, MESH_AXES)
 
     @property
     def topk(self) -> int | None:
         """K, or None where every visible token is selected."""
         return None if self.index_BTK is None else self.index_BTK.shape[-1]
+
+    def held(self, first_slot: jax.Array, num_slots: int) -> "Selection":
+        """The part that falls among the given slots, counted from the first of them."""
+        if self.index_BTK is None or self.valid_BTK is None:
+            return self
+        index_BTK = self.index_BTK - first_slot
+        is_held_BTK = (index_BTK >= 0) & (index_BTK < num_slots)
+        return Selection(jnp.where(is_held_BTK, index_BTK, num_slots), self.valid_BTK & is_held_BTK)
 
     def seen(self, queries: Places, keys: Places) -> jax.Array:
         """Which keys each query attends to, BTS bool. An index holds visible tokens only."""
@@ -41,7 +58,7 @@ class Selection(NamedTuple):
         batch_B11 = jnp.arange(batch)[:, None, None]
         query_T1 = jnp.arange(length)[:, None]
         nothing_BTS = jnp.zeros((batch, length, keys.position_BT.shape[1]), bool)
-        return nothing_BTS.at[batch_B11, query_T1, self.index_BTK].set(self.valid_BTK)
+        return nothing_BTS.at[batch_B11, query_T1, self.index_BTK].set(self.valid_BTK, mode="drop")
 
 
 def divergence(mass: jax.Array, selection: Selection, counted_BT: jax.Array) -> jax.Array:

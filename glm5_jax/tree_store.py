@@ -26,6 +26,8 @@ import tensorstore as ts
 
 from glm5_jax.chunks import Layout
 from glm5_jax.errors import InputError
+from glm5_jax.mesh import fetch
+from glm5_jax.sharding import from_parts
 from glm5_jax.strict_json import read_json
 
 MANIFEST_NAME = "manifest.json"
@@ -117,7 +119,7 @@ def write_tree(
     """Writes whole arrays, by path, in the given layouts; `beside` as in `TreeWriter.commit`."""
     writer = TreeWriter(directory, leaves)
     for leaf, place in leaves.items():
-        host = np.asarray(arrays[leaf])
+        host = fetch(arrays[leaf])
         for position in place.positions():
             writer.put(leaf, position, host[place.region(position)])
     writer.commit(beside)
@@ -195,30 +197,27 @@ class TreeReader:
         """
         place = self.leaves[leaf]
 
-        def shard(wanted: tuple[slice, ...] | None) -> np.ndarray:
-            bounds = [
-                part.indices(size) for part, size in zip(wanted or (), place.shape, strict=True)
-            ]
-            array = np.empty([stop - start for start, stop, _ in bounds], place.dtype)
+        def read_part(wanted: tuple[slice, ...]) -> np.ndarray:
+            array = np.empty([part.stop - part.start for part in wanted], place.dtype)
 
             def copy(position: tuple[int, ...]) -> None:
                 target, source = [], []
-                for held, (start, stop, _) in zip(place.region(position), bounds, strict=True):
-                    first, last = max(held.start, start), min(held.stop, stop)
-                    target.append(slice(first - start, last - start))
+                for held, part in zip(place.region(position), wanted, strict=True):
+                    first, last = max(held.start, part.start), min(held.stop, part.stop)
+                    target.append(slice(first - part.start, last - part.start))
                     source.append(slice(first - held.start, last - held.start))
                 array[tuple(target)] = self.read(leaf, position)[tuple(source)]
 
             spans = (
-                range(start // part, -(-stop // part))
-                for (start, stop, _), part in zip(bounds, place.chunk, strict=True)
+                range(part.start // size, -(-part.stop // size))
+                for part, size in zip(wanted, place.chunk, strict=True)
             )
             with concurrent.futures.ThreadPoolExecutor() as pool:
                 for _ in pool.map(copy, itertools.product(*spans)):
                     pass
             return array
 
-        return jax.make_array_from_callback(place.shape, sharding, shard)
+        return from_parts(place.shape, sharding, read_part)
 
 
 @dataclasses.dataclass(frozen=True)

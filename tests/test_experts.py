@@ -1,3 +1,5 @@
+import functools
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -5,13 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm5_jax.experts import Experts, apply_experts, dispatch
+from glm5_jax.exchange import apply_experts as apply
+from glm5_jax.experts import Experts, dispatch
 from glm5_jax.params import initialize
 from tests.tiny import TINY, tiny_config
 
 CONFIG = tiny_config(TINY)
 E, D = CONFIG.moe.num_experts, CONFIG.dim
 ZERO = jnp.zeros((), jnp.int32)
+
+
+apply_experts = functools.partial(apply, num_experts=E)
 
 
 def dense(experts, x, expert_BTK, gate_BTK):
@@ -37,19 +43,17 @@ def problem(num_tokens=50, choices=2, seed=0):
 @hypothesis.settings(max_examples=25)
 def test_dispatch_gives_every_choice_one_row_of_its_expert(tokens, choices, experts, seed):
     chosen = np.random.default_rng(seed).integers(0, experts, (tokens, choices))
-    plan = dispatch(jnp.asarray(chosen, jnp.int32), experts)
-    rows = np.asarray(plan.row_TK)
-    assert len(np.unique(rows)) == tokens * choices
-    block = plan.token_GM.shape[1]
-    np.testing.assert_array_equal(np.asarray(plan.expert_G)[rows // block], chosen)
-    np.testing.assert_array_equal(
-        np.asarray(plan.token_GM).reshape(-1)[rows], np.arange(tokens)[:, None] + 0 * chosen
-    )
-    np.testing.assert_array_equal(
-        np.asarray(plan.choice_GM).reshape(-1)[rows], np.arange(choices) + 0 * chosen
-    )
-    assert np.all(rows // block < plan.num_used) and plan.num_used <= len(plan.expert_G)
-    assert np.sum(np.asarray(plan.token_GM) < tokens) == tokens * choices
+    for kept in {experts, max(1, experts // 2)}:
+        plan = dispatch(jnp.asarray(chosen, jnp.int32), kept, chosen.size // experts)
+        assert plan.num_used <= len(plan.expert_G)
+        token, choice = np.asarray(plan.token_GM), np.asarray(plan.choice_GM)
+        block, row = np.nonzero(token < tokens)
+        assert np.all(block < plan.num_used)
+        pairs = set(zip(token[block, row].tolist(), choice[block, row].tolist(), strict=True))
+        expected = set(map(tuple, np.argwhere(chosen < kept).tolist()))
+        assert len(block) == len(expected) and pairs == expected
+        found = np.asarray(plan.expert_G)[block]
+        np.testing.assert_array_equal(found, chosen[token[block, row], choice[block, row]])
 
 
 @pytest.mark.parametrize("num_tokens", [2, 50, 600])

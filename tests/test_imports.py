@@ -16,11 +16,17 @@ FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob(
 # From the bottom up: a file imports only from the lines before its own, or its own.
 ORDER = [
     ["errors", "strict_json", "layers", "console", "atomic", "chunks", "config_keys", "bits"],
+    ["rendezvous", "cluster", "coordination", "processes", "findings"],
+    ["plan.chips", "plan.costs"],
+    ["collectives"],
     ["config", "published.fp8"],
     ["config_json"],
     ["presets", "params", "linear", "places", "queries"],
-    ["norm", "rope", "cache", "selection"],
+    ["mesh"],
+    ["sharding"],
+    ["norm", "rope", "cache", "selection", "vocabulary"],
     ["indexer", "attention", "mlp", "experts"],
+    ["exchange"],
     ["moe"],
     ["block"],
     ["segment", "mtp"],
@@ -28,7 +34,7 @@ ORDER = [
     ["tree_store", "published.names", "published.safetensors"],
     ["checkpoint", "published.files", "published.check", "published.slices"],
     ["published.source", "published.native"],
-    ["load", "info", "inference"],
+    ["load", "info", "inference", "doctor"],
     ["commands"],
     ["__main__"],
 ]

@@ -9,6 +9,7 @@ import pytest
 from glm5_jax.model import Glm5
 from glm5_jax.params import leaves_by_path
 from glm5_jax.places import Places
+from glm5_jax.sharding import on_one_device
 from tests.tiny import SHARED, TINY, TOKENS, random_model, tiny_config
 from train.loss import Loads, Objective, loss
 from train.optimizer import balance, learning_rate, make_optimizer
@@ -79,8 +80,10 @@ def training(raw, objective=OBJECTIVE, rate=1e-2, decay=0.1, balance_rate=1e-3):
     specs = leaves_by_path(Glm5(config))
     rates = learning_rate(rate, rate / 10, 5, 100)
     optimizer = make_optimizer(specs, objective, rates, decay, 1.0)
-    state = jax.jit(lambda: start(config, optimizer, seed=0))()
-    return state, make_step(config, objective, optimizer, balance_rate, remat=False)
+    state = start(config, optimizer, on_one_device(), seed=0)
+    return state, make_step(
+        config, objective, optimizer, balance_rate, on_one_device(), remat=False
+    )
 
 
 @pytest.mark.standard_promotion
@@ -130,12 +133,11 @@ def test_only_matrices_decay():
     optimizer = make_optimizer(specs, OBJECTIVE, learning_rate(1.0, 1.0, 0, 10), 0.5, 1.0)
 
     @jax.jit
-    def update():
-        state = start(config, optimizer, 0)
+    def update(state):
         nothing = jax.tree.map(jnp.zeros_like, state.params)
         return optimizer.update(nothing, state.optimizer, state.params)[0]
 
-    updates = update()
+    updates = update(start(config, optimizer, on_one_device(), 0))
     for path, update in updates.items():
         assert bool(jnp.any(update != 0)) == (specs[path].start == "normal"), path
 

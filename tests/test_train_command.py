@@ -8,9 +8,10 @@ import pytest
 from glm5_jax import console
 from glm5_jax.__main__ import main as glm5
 from glm5_jax.checkpoint import restore_checkpoint
-from glm5_jax.model import forward, logits
+from glm5_jax.model import Glm5, forward, logits
 from glm5_jax.params import leaves_by_path
 from glm5_jax.places import Places
+from glm5_jax.sharding import on_one_device
 from tests.tiny import SHARED
 from train.__main__ import main
 from train.data import Data
@@ -122,10 +123,13 @@ def test_an_evaluation_is_the_mean_over_all_its_rows(workplace, finished, monkey
 
     passes = []
     monkeypatch.setattr(
-        "train.evaluation.forward", lambda *args: passes.append(args) or forward(*args)
+        "train.evaluation.forward",
+        lambda *args, **options: passes.append(args) or forward(*args, **options),
     )
     settings = Settings(length=24, batch_size=2, eval_rows=9)
-    result = Evaluation(data, model.config, settings)(leaves_by_path(model))
+    result = Evaluation(data, model.config, settings, on_one_device())(
+        leaves_by_path(on_one_device().place(model, Glm5(model.config)))
+    )
     expected = np.asarray(nats_BT)[counted_BT].mean()
     np.testing.assert_allclose(result["held_out_loss"], expected, rtol=1e-5)
     bits = expected / np.log(2) / data.bytes_per_token("held_out")

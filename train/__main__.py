@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from glm5_jax.commands.arguments import integer, non_negative
+from glm5_jax.commands.arguments import add_mesh, integer, non_negative, partition_for
 from glm5_jax.console import add_command, command_parser, run_command
 from glm5_jax.errors import InputError
 from train.settings import Settings
@@ -69,6 +69,7 @@ def _add_run(commands: Any) -> None:
     command.add_argument(
         "--config", required=True, metavar="PRESET|FILE", help="a preset's name or a config.json"
     )
+    add_mesh(command)
     types: dict[type, tuple[Callable[[str], float], str]] = {
         int: (integer(0), "N"),
         float: (non_negative, "X"),
@@ -134,7 +135,9 @@ def _run(args: argparse.Namespace) -> int:
     if not is_preset and not path.exists():
         raise InputError(f"{path}: is neither a file nor one of the presets {', '.join(PRESETS)}")
     published = load_preset(args.config) if is_preset else read_config(path)
-    last = train(Data(args.data), published.config, args.run_directory, settings)
+    data = Data(args.data)
+    partition = partition_for(published.config, args.mesh, "train", settings.batch_size)
+    last = train(data, published.config, args.run_directory, settings, partition)
     print(f"{last}: trained for {settings.steps} steps")
     return 0
 

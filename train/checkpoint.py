@@ -13,6 +13,7 @@ from glm5_jax.chunks import layout
 from glm5_jax.config import Config
 from glm5_jax.errors import InputError
 from glm5_jax.params import leaf_path, leaves_by_path
+from glm5_jax.sharding import Partition
 from glm5_jax.tree_store import TreeReader, write_tree
 from train.state import TrainState, assemble
 
@@ -37,25 +38,26 @@ def saved(run: Path) -> list[Path]:
     return sorted(path for path in run.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
 
 
-def restore(directory: Path, config: Config, template: TrainState) -> TrainState:
-    """Restores a state.
+def restore(
+    directory: Path, config: Config, partition: Partition, template: TrainState
+) -> TrainState:
+    """Restores a state, whatever mesh it was saved from.
 
     Args:
-      template: shapes and dtypes of the state, as `jax.eval_shape` gives them.
+      template: the state as `abstract_state` gives it.
 
     Raises:
       InputError: the checkpoint is damaged, or not one of this config and optimizer.
     """
-    model = restore_checkpoint(directory)
+    model = restore_checkpoint(directory, partition=partition)
     if model.config != config:
         raise InputError(f"{directory}: was saved with another config than that of the run")
     reader = TreeReader(directory / _OPTIMIZER_NAME)
     expected = leaves_by_path(template.optimizer)
     if expected.keys() != reader.leaves.keys():
         raise InputError(f"{reader.directory}: was saved by another optimizer")
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     optimizer = jax.tree_util.tree_map_with_path(
-        lambda keys, _: reader.restore(leaf_path(keys), device), template.optimizer
+        lambda keys, leaf: reader.restore(leaf_path(keys), leaf.sharding), template.optimizer
     )
     step = int(directory.name.removeprefix("step-"))
     return TrainState(jnp.int32(step), leaves_by_path(model), optimizer)

@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from glm5_jax.collectives import BATCH, share, total
 from glm5_jax.config import Config
-from glm5_jax.model import forward
+from glm5_jax.model import Glm5, forward
+from glm5_jax.params import leaves_by_path
 from glm5_jax.places import Places
+from glm5_jax.sharding import Partition
 from train.data import Batch, Data
 from train.loss import next_token_loss
 from train.optimizer import Params
@@ -20,7 +24,7 @@ from train.state import assemble
 class Evaluation:
     """Scores the first rows of the held-out text."""
 
-    def __init__(self, data: Data, config: Config, settings: Settings):
+    def __init__(self, data: Data, config: Config, settings: Settings, partition: Partition):
         """Takes `eval_rows` rows, or as many as there are.
 
         Raises:
@@ -28,15 +32,15 @@ class Evaluation:
         """
         self._rows = data.split("held_out", settings.length, at_least=1)
         self._num_rows = min(settings.eval_rows, self._rows.num_rows)
-        self._batch_size = min(settings.batch_size, self._num_rows)
+        self._batch_size = settings.batch_size
         self._bytes_per_token = data.bytes_per_token("held_out")
-        self._evaluate = _make_evaluate(config)
+        self._evaluate = _make_evaluate(config, partition)
 
     def __call__(self, params: Params) -> dict[str, float]:
         """Nats per token, and bits per byte of text, which no tokenizer changes."""
         means, counts = [], []
         for batch in self._batches():
-            mean, count = self._evaluate(params, *map(jnp.asarray, batch))
+            mean, count = self._evaluate(params, *batch)
             means.append(float(mean))
             counts.append(int(count))
         loss = float(np.average(means, weights=counts))
@@ -52,17 +56,19 @@ class Evaluation:
 
 
 def _make_evaluate(
-    config: Config,
-) -> Callable[[Params, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    config: Config, partition: Partition
+) -> Callable[[Params, np.ndarray, np.ndarray], tuple[jax.Array, jax.Array]]:
     """Compiles `evaluate(params, tokens_BT, segment_BT)`: a mean loss and of how many tokens."""
+    rules = partition.rules
 
-    @jax.jit
     def evaluate(
         params: Params, tokens_BT: jax.Array, segment_BT: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
+        tokens_BT, segment_BT = (share(each, BATCH, 0) for each in (tokens_BT, segment_BT))
         model, places = assemble(config, params), Places.packed(segment_BT)
-        hidden_BTD = forward(model, tokens_BT, places).hidden_BTD
-        mean = next_token_loss(model, hidden_BTD, tokens_BT, places, distance=1)
-        return mean, jnp.sum(places.followed(1))
+        hidden_BTD = forward(model, tokens_BT, places, rules=rules).hidden_BTD
+        mean = next_token_loss(model, hidden_BTD, tokens_BT, places, 1, rules)
+        return mean, total(jnp.sum(places.followed(1)), BATCH)
 
-    return evaluate
+    specs, equal = leaves_by_path(partition.specs(Glm5(config))), PartitionSpec()
+    return jax.jit(partition.on_shards(evaluate, (specs, equal, equal), equal))

@@ -1,13 +1,10 @@
 """A training run: steps, metrics, evaluation, checkpoints."""
 
 import dataclasses
-import functools
 import json
 import time
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import optax
 from rich.progress import TextColumn
 
@@ -16,8 +13,10 @@ from glm5_jax.config import Config
 from glm5_jax.config_json import config_to_json
 from glm5_jax.console import notice, progress
 from glm5_jax.errors import InputError
+from glm5_jax.mesh import announcement
 from glm5_jax.model import Glm5
 from glm5_jax.params import leaves_by_path
+from glm5_jax.sharding import Partition, require_divisible
 from glm5_jax.strict_json import read_json
 from train import checkpoint
 from train.data import Data
@@ -33,14 +32,16 @@ from train.metrics import (
 )
 from train.optimizer import learning_rate, make_optimizer
 from train.settings import Settings
-from train.state import TrainState, start
+from train.state import TrainState, abstract_state, start
 from train.step import make_step
 
 SETTINGS_NAME = "run.json"
 
 
-def train(data: Data, config: Config, run: Path, settings: Settings) -> Path:
+def train(data: Data, config: Config, run: Path, settings: Settings, partition: Partition) -> Path:
     """Trains a model, from where the run left off if there is one.
+
+    The mesh may be another one each time.
 
     Returns:
       The last checkpoint, a native model directory.
@@ -50,8 +51,10 @@ def train(data: Data, config: Config, run: Path, settings: Settings) -> Path:
         settings, or a number of a step is not finite.
     """
     rows = data.split("train", settings.length, at_least=settings.batch_size)
-    evaluation = Evaluation(data, config, settings)
     _require_fit(data, config, settings)
+    specs = leaves_by_path(Glm5(config))
+    require_divisible(specs, partition.rules, partition.mesh.shape, settings.batch_size)
+    evaluation = Evaluation(data, config, settings, partition)
     config = dataclasses.replace(config, eos_ids=(data.end_id,), pad_id=data.end_id)
     rate = learning_rate(
         settings.learning_rate,
@@ -64,11 +67,14 @@ def train(data: Data, config: Config, run: Path, settings: Settings) -> Path:
         mtp_weight=settings.mtp_weight,
         index_weight=settings.index_weight,
     )
-    specs = leaves_by_path(Glm5(config))
     optimizer = make_optimizer(specs, objective, rate, settings.weight_decay, settings.clip)
     _claim(run, config, settings)
-    state = _start_or_resume(run, config, optimizer, settings)
-    step = make_step(config, objective, optimizer, settings.balance_rate, remat=settings.remat)
+    if partition.mesh.size > 1:
+        notice(announcement(partition.mesh))
+    state = _start_or_resume(run, config, optimizer, settings, partition)
+    step = make_step(
+        config, objective, optimizer, settings.balance_rate, partition, remat=settings.remat
+    )
     with (
         (run / METRICS_NAME).open("a") as log,
         progress(
@@ -79,7 +85,7 @@ def train(data: Data, config: Config, run: Path, settings: Settings) -> Path:
         while (number := int(state.step)) < settings.steps:
             began = time.perf_counter()
             batch = rows.batch(number, settings.batch_size, settings.seed)
-            state, metrics = step(state, *map(jnp.asarray, batch))
+            state, metrics = step(state, *batch)
             record = make_record(number + 1, metrics, float(rate(number)))
             seconds = time.perf_counter() - began
             record["tokens_per_second"] = round(batch.tokens_BT.size / seconds, 1)
@@ -148,14 +154,18 @@ def _claim(run: Path, config: Config, settings: Settings) -> None:
 
 
 def _start_or_resume(
-    run: Path, config: Config, optimizer: optax.GradientTransformation, settings: Settings
+    run: Path,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    settings: Settings,
+    partition: Partition,
 ) -> TrainState:
-    begin = functools.partial(start, config, optimizer, settings.seed)
     checkpoints = checkpoint.saved(run)
     if not checkpoints:
         (run / METRICS_NAME).unlink(missing_ok=True)
-        return jax.jit(begin)()
+        return start(config, optimizer, partition, settings.seed)
     notice(f"{run}: goes on from {checkpoints[-1].name}")
-    state = checkpoint.restore(checkpoints[-1], config, jax.eval_shape(begin))
+    template = abstract_state(config, optimizer, partition)
+    state = checkpoint.restore(checkpoints[-1], config, partition, template)
     forget_later_steps(run / METRICS_NAME, int(state.step))
     return state

@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from glm5_jax.config import Config
 from glm5_jax.model import Glm5
-from glm5_jax.params import initialize, leaves_by_path, map_specs
+from glm5_jax.params import abstract, initialize, leaves_by_path, map_specs
+from glm5_jax.sharding import Partition
 from train.optimizer import Params
 
 
@@ -23,11 +25,36 @@ class TrainState:
     optimizer: Any
 
 
-def start(config: Config, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step."""
-    model = initialize(Glm5(config), jax.random.key(seed), std=config.init_std)
-    params = leaves_by_path(model)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+def start(
+    config: Config, optimizer: optax.GradientTransformation, partition: Partition, seed: int
+) -> TrainState:
+    """The state before the first step, on the devices; the weights do not depend on the mesh."""
+    blueprint = Glm5(config)
+
+    def draw() -> Params:
+        key = jax.random.key(seed)
+        return leaves_by_path(initialize(blueprint, key, std=config.init_std))
+
+    params = jax.jit(draw, out_shardings=leaves_by_path(partition.shardings(blueprint)))()
+    with jax.set_mesh(partition.mesh):
+        return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+
+
+def abstract_state(
+    config: Config, optimizer: optax.GradientTransformation, partition: Partition
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state."""
+    params = leaves_by_path(abstract(Glm5(config), sharding=partition.sharding))
+
+    def on_devices(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
+        sharding = NamedSharding(partition.mesh, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    with jax.set_mesh(partition.mesh):
+        optimizer_state = jax.eval_shape(optimizer.init, params)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    return jax.tree.map(on_devices, TrainState(step, params, optimizer_state))
 
 
 def assemble(config: Config, params: Params) -> Glm5:

@@ -6,10 +6,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 
+from glm5_jax.collectives import BATCH, share
 from glm5_jax.config import Config
+from glm5_jax.model import Glm5
+from glm5_jax.params import leaves_by_path
 from glm5_jax.places import Places
+from glm5_jax.sharding import Partition
 from train.loss import Loads, Losses, Objective, loss
 from train.optimizer import Params, balance
 from train.state import TrainState, assemble
@@ -24,7 +30,7 @@ class Metrics(NamedTuple):
     imbalance: jax.Array  # the largest load of an expert over the mean of its layer
 
 
-Step = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
+Step = Callable[[TrainState, np.ndarray, np.ndarray], tuple[TrainState, Metrics]]
 
 
 def make_step(
@@ -32,22 +38,33 @@ def make_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     balance_rate: float,
+    partition: Partition,
     *,
     remat: bool,
 ) -> Step:
-    """Compiles `step(state, tokens_BT, segment_BT)`; the state given is used up."""
+    """Compiles `step(state, tokens_BT, segment_BT)`, given whole batches; the state is used up.
+
+    Gradients are taken by every device on its shards; the optimizer, which works elementwise, sees
+    the whole arrays.
+    """
 
     def total_loss(
-        params: Params, tokens_BT: jax.Array, places: Places
+        params: Params, tokens_BT: jax.Array, segment_BT: jax.Array
     ) -> tuple[jax.Array, tuple[Losses, Loads]]:
-        return loss(assemble(config, params), tokens_BT, places, objective, remat=remat)
+        tokens_BT, segment_BT = (share(each, BATCH, 0) for each in (tokens_BT, segment_BT))
+        model, places = assemble(config, params), Places.packed(segment_BT)
+        return loss(model, tokens_BT, places, objective, rules=partition.rules, remat=remat)
+
+    specs, equal = leaves_by_path(partition.specs(Glm5(config))), PartitionSpec()
+    gradient = partition.on_shards(
+        jax.grad(total_loss, has_aux=True), (specs, equal, equal), (specs, equal)
+    )
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(
         state: TrainState, tokens_BT: jax.Array, segment_BT: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        gradient = jax.grad(total_loss, has_aux=True)
-        gradients, (losses, loads) = gradient(state.params, tokens_BT, Places.packed(segment_BT))
+        gradients, (losses, loads) = gradient(state.params, tokens_BT, segment_BT)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         params = balance(params, loads, objective, balance_rate)
@@ -56,7 +73,13 @@ def make_step(
         )
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
-    return step
+    def on_mesh(
+        state: TrainState, tokens_BT: np.ndarray, segment_BT: np.ndarray
+    ) -> tuple[TrainState, Metrics]:
+        with jax.set_mesh(partition.mesh):
+            return step(state, tokens_BT, segment_BT)
+
+    return on_mesh
 
 
 def _imbalance(loads: Loads) -> jax.Array:

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 from glm5_jax.console import notice
 
 if TYPE_CHECKING:
+    from glm5_jax.config import Config
+    from glm5_jax.mesh import Job
     from glm5_jax.model import Glm5
+    from glm5_jax.sharding import Partition
 
 
 LARGEST_SEED = 2**32 - 1  # jax.random.key drops higher bits
@@ -56,10 +59,49 @@ def add_model(command: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16"),
         help="of weights and activations (default: that of the checkpoint; float32 for float16)",
     )
+    add_mesh(command)
 
 
-def load(args: argparse.Namespace) -> "Glm5":
-    """Loads the model that the arguments name.
+def add_mesh(command: argparse.ArgumentParser) -> None:
+    """Adds the argument that `partition_for` reads."""
+    command.add_argument(
+        "--mesh",
+        default="auto",
+        metavar="data=D,expert=E,model=M",
+        help="how devices divide the work: their product is the number of devices",
+    )
+
+
+def partition_for(config: "Config", mesh: str, job: "Job", batch: int = 0) -> "Partition":
+    """The mesh that an argument names, or a sensible one, with the rules for a job on it.
+
+    Args:
+      batch: rows that must be divided evenly.
+
+    Raises:
+      InputError: the mesh is not for the devices at hand, or does not divide the model evenly.
+    """
+    import jax
+
+    from glm5_jax.mesh import choose_mesh, make_mesh, parse_mesh
+    from glm5_jax.model import Glm5
+    from glm5_jax.sharding import DECODE, TRAIN, Partition, require_divisible
+
+    blueprint, rules = Glm5(config), DECODE if job == "run" else TRAIN
+
+    num_devices = jax.device_count()
+    if mesh == "auto":
+        sizes = choose_mesh(
+            num_devices, job, lambda sizes: require_divisible(blueprint, rules, sizes, batch)
+        )
+    else:
+        sizes = parse_mesh(mesh, num_devices)
+        require_divisible(blueprint, rules, sizes, batch)
+    return Partition(make_mesh(sizes), rules)
+
+
+def load(args: argparse.Namespace) -> "tuple[Glm5, Partition]":
+    """Loads the model that the arguments name, and says how it lies on the devices.
 
     Raises:
       InputError: it cannot be loaded.
@@ -67,6 +109,7 @@ def load(args: argparse.Namespace) -> "Glm5":
     import jax
 
     from glm5_jax.load import load_model, read_model_config
+    from glm5_jax.mesh import announcement
 
     published = read_model_config(args.model)
     report_unknown_keys(args.model, published.unknown_keys)
@@ -74,7 +117,10 @@ def load(args: argparse.Namespace) -> "Glm5":
     dtype = args.dtype or ("float32" if stored == "float16" else stored)
     if dtype == "float32":  # accelerators would otherwise multiply with fewer bits
         jax.config.update("jax_default_matmul_precision", "highest")
-    return load_model(args.model, dtype)
+    partition = partition_for(published.config, args.mesh, "run")
+    if partition.mesh.size > 1:
+        notice(announcement(partition.mesh))
+    return load_model(args.model, dtype, partition), partition
 
 
 def report_unknown_keys(directory: Path, keys: tuple[str, ...]) -> None:

@@ -103,8 +103,10 @@ def _run(args: argparse.Namespace) -> int:
     for number, prompt in enumerate(prompts, start=1):
         check_prompt(prompt, args.max_new_tokens, config, args.context, f"prompt {number}")
     stop = stop_tokens(args.model, config.eos_ids)
+    model, partition = load(args)
     generator = Generator(
-        load(args),
+        model,
+        partition,
         stop=stop,
         num_tokens=tokenizer.num_tokens if tokenizer else None,
         context=args.context,

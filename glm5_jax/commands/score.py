@@ -52,10 +52,10 @@ def _run(args: argparse.Namespace) -> int:
     tokens = check_tokens(tokens, config, args.mtp, str(args.tokens))
     check_depth(args.mtp, config)
     with new_file(args.out, overwrite=args.overwrite) as partial:
-        model = load(args)
+        model, partition = load(args)
         rows = []
         with progress("score", len(tokens)) as advance:
-            for row in score(model, tokens, args.mtp):
+            for row in score(model, tokens, args.mtp, partition):
                 rows.append(row)
                 advance(1)
         arrays: dict[str, Any] = {name: np.stack([row[name] for row in rows]) for name in rows[0]}

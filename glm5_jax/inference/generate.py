@@ -1,18 +1,18 @@
 """Generating text: prefill in portions, then one token at a time for all rows of a batch."""
 
-import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from glm5_jax.cache import KVCache
+from glm5_jax.collectives import BATCH, MODEL, Axes
 from glm5_jax.config import Config
 from glm5_jax.errors import InputError
-from glm5_jax.inference.sampling import Sampling, sample
-from glm5_jax.model import Glm5, for_decoding, forward, logits
+from glm5_jax.inference.sampling import Sampling
+from glm5_jax.inference.steps import State, compiled_steps, empty_state
+from glm5_jax.model import Glm5, for_decoding
+from glm5_jax.sharding import Partition, on_one_device
 
 _PREFILL_LENGTH = 512  # tokens of a prompt read at once
 _SMALLEST_BUCKET, _COARSE_BUCKET = 32, 1024
@@ -43,6 +43,7 @@ class Generator:
     def __init__(
         self,
         model: Glm5,
+        partition: Partition | None = None,
         *,
         stop: frozenset[int] = frozenset(),
         num_tokens: int | None = None,
@@ -51,15 +52,20 @@ class Generator:
         """Prepares a model for generating.
 
         Args:
+          partition: how the model lies on a mesh; on the first device unless given.
           stop: tokens that end a text.
           num_tokens: ids from here on are not generated; the vocabulary's size unless given.
           context: the most tokens of a prompt and its continuation together; what the model was
             made for unless given, and no more than that.
         """
         self.config = model.config
-        self._model = for_decoding(model)
+        self._partition = partition or on_one_device()
+        self._model = for_decoding(self._partition.place(model, Glm5(self.config)))
         self._stop = stop
-        self._num_tokens = num_tokens or self.config.vocab_size
+        self._dtype = model.embedding.dtype
+        self._steps = compiled_steps(
+            self.config, self._partition, self._dtype, num_tokens or self.config.vocab_size
+        )
         self._context = context
 
     def generate(
@@ -83,18 +89,18 @@ class Generator:
             check_prompt(prompt, max_new_tokens, self.config, self._context, name)
         if not prompts:
             return
-        batch = len(prompts)
-        numbers = jnp.arange(first_number, first_number + batch)
-        key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), numbers)
-        temperature = jnp.float32(min(sampling.temperature, _HOTTEST))
-        capacity = _bucket(max(map(len, prompts)) + max_new_tokens)
-        dtype = self._model.embedding.dtype
-        cache = KVCache.create(self.config, batch, capacity, dtype)
-
-        logits_BZ, cache = self._prefill(prompts, cache)
-        running = np.ones(batch, bool)
+        # Shards are equal: rows that make up the batch, and slots the capacity, stay empty.
+        batch = self._padded(len(prompts), BATCH)
+        number_B = np.arange(first_number, first_number + batch)
+        temperature = np.float32(min(sampling.temperature, _HOTTEST))
+        capacity = self._padded(_bucket(max(map(len, prompts)) + max_new_tokens), (MODEL,))
+        state = empty_state(self.config, self._partition, batch, capacity, self._dtype)
+        state = self._prefill(prompts, state)
+        running = np.arange(batch) < len(prompts)
         for count in range(1, max_new_tokens + 1):
-            token_B = _next_tokens(logits_BZ, temperature, key_B, count, self._num_tokens)
+            token_B = self._steps.draw(
+                state.logits_BZ, temperature, np.uint32(sampling.seed), number_B, count
+            )
             for row, token in enumerate(np.asarray(token_B).tolist()):
                 if running[row]:
                     reason = "stop" if token in self._stop else None
@@ -103,8 +109,8 @@ class Generator:
                     running[row] = reason is None
             if not running.any():
                 return
-            count_B = jnp.asarray(running, jnp.int32)
-            logits_BZ, cache = _read(self._model, cache, token_B[:, None], count_B)
+            count_B = running.astype(np.int32)
+            state = self._steps.read(self._model, state, np.asarray(token_B)[:, None], count_B)
 
     def complete(
         self,
@@ -121,23 +127,26 @@ class Generator:
             reasons[event.prompt] = event.finish_reason or ""
         return [Completion(*pair) for pair in zip(tokens, reasons, strict=True)]
 
-    def _prefill(
-        self, prompts: Sequence[Sequence[int]], cache: KVCache
-    ) -> tuple[jax.Array, KVCache]:
-        """Reads prompts of any lengths; returns the logits that follow each, and the cache."""
-        lengths = np.array([len(prompt) for prompt in prompts])
+    def _padded(self, size: int, axes: Axes) -> int:
+        """The size rounded up to a multiple of what the axes of the mesh divide it into."""
+        shards = math.prod(self._partition.mesh.shape[axis] for axis in axes)
+        return -(-size // shards) * shards
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], state: State) -> State:
+        """Reads prompts of any lengths."""
+        batch = state.logits_BZ.shape[0]
+        lengths = np.zeros(batch, np.int32)
+        lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
         portion = min(_PREFILL_LENGTH, _bucket(int(lengths.max())))
         num_portions = -(-int(lengths.max()) // portion)
-        tokens = np.zeros((len(prompts), num_portions * portion), np.int32)
+        tokens = np.zeros((batch, num_portions * portion), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
-        final_BZ = jnp.zeros((len(prompts), self.config.vocab_size), jnp.float32)
         for start in range(0, num_portions * portion, portion):
             count_B = np.clip(lengths - start, 0, portion)
             part = tokens[:, start : start + portion]
-            logits_BZ, cache = _read(self._model, cache, jnp.asarray(part), jnp.asarray(count_B))
-            final_BZ = jnp.where(jnp.asarray(count_B > 0)[:, None], logits_BZ, final_BZ)
-        return final_BZ, cache
+            state = self._steps.read(self._model, state, part, count_B)
+        return state
 
 
 def check_prompt(
@@ -160,32 +169,6 @@ def check_prompt(
             f"{name} has {len(prompt)} tokens and with {max_new_tokens} new ones needs a context "
             f"of {needed}, expected at most {most}"
         )
-
-
-@functools.partial(jax.jit, donate_argnums=1)
-def _read(
-    model: Glm5, cache: KVCache, tokens_BT: jax.Array, count_B: jax.Array
-) -> tuple[jax.Array, KVCache]:
-    """Reads the first `count_B` tokens of each row; returns the logits BZ after the last one."""
-    places = cache.next_places(count_B, tokens_BT.shape[1])
-    output = forward(model, tokens_BT, places, cache)
-    assert output.cache is not None
-    last_B11 = jnp.maximum(count_B - 1, 0)[:, None, None]
-    hidden_B1D = jnp.take_along_axis(output.hidden_BTD, last_B11, axis=1)
-    return logits(model, hidden_B1D)[:, 0], output.cache
-
-
-@functools.partial(jax.jit, static_argnames=("num_tokens",))
-def _next_tokens(
-    logits_BZ: jax.Array,
-    temperature: jax.Array,
-    key_B: jax.Array,
-    count: int,
-    num_tokens: int,
-) -> jax.Array:
-    """The tokens that follow, drawn with a fresh key for each."""
-    step_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, count)
-    return sample(logits_BZ, temperature, step_key_B, num_tokens)
 
 
 def _bucket(length: int) -> int:

@@ -131,6 +131,6 @@ def _expert_tensors(
     experts: Any, prefix: str, leaf_prefix: str, at: tuple[int, ...]
 ) -> Iterator[PublishedTensor]:
     leaves = leaves_by_path(experts)
-    for expert in range(experts.num_experts):
+    for expert in range(experts.gate.shape[-3]):
         names = {leaf: name.format(expert=expert) for leaf, name in EXPERT_NAMES.items()}
         yield from _tensors(leaves, names, prefix, leaf_prefix, (*at, expert))

@@ -1,0 +1,208 @@
+"""Which axis of the mesh divides which axis of every weight: one table for each job."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from glm5_jax.collectives import BATCH, EXPERT, MODEL, Axes, gathered
+from glm5_jax.errors import InputError
+from glm5_jax.mesh import single_device
+from glm5_jax.params import ParamSpec, is_spec, map_specs
+
+Tree = TypeVar("Tree")
+
+
+class Rules(NamedTuple):
+    """Where weights are kept.
+
+    A mesh axis divides one axis of a weight: the first that asks for it.
+    """
+
+    axes: Mapping[str, Axes]  # by logical axis
+    # Logical axes that are divided to save memory only: a layer's weights are gathered along them
+    # where they are used.
+    stored: frozenset[str] = frozenset()
+
+    def divisors(self, weight: ParamSpec) -> list[Axes]:
+        """The mesh axes that divide each axis of a weight."""
+        taken: set[str] = set()
+        by_dim = []
+        for name in weight.axes:
+            free = tuple(axis for axis in self.axes[name] if axis not in taken)
+            taken.update(free)
+            by_dim.append(free)
+        return by_dim
+
+    def spec(self, weight: ParamSpec) -> PartitionSpec:
+        """The same as JAX wants it."""
+        return PartitionSpec(*(axes or None for axes in self.divisors(weight)))
+
+
+# Each device keeps what it computes with; experts are spread over all that batches are.
+DECODE = Rules(
+    {
+        "vocab": (MODEL,),
+        "heads": (MODEL,),
+        "ffn": (MODEL,),
+        "q_latent": (MODEL,),
+        "index_heads": (MODEL,),
+        "experts": BATCH,
+        "layers": (),
+        "embed": (),
+        "q_rank": (),
+        "kv_rank": (),
+        "kv_row": (),
+        "head_dim": (),
+        "index_dim": (),
+        "index_gates": (),
+        "routes": (),
+        "joined": (),
+        "norm": (),
+    }
+)
+# Matrices and what the optimizer keeps of them are divided over all devices (FSDP, ZeRO-3).
+TRAIN = Rules(
+    {
+        **DECODE.axes,
+        "experts": (EXPERT,),
+        "embed": BATCH,
+        "q_rank": BATCH,
+        "kv_rank": BATCH,
+    },
+    stored=frozenset({"embed", "q_rank", "kv_rank"}),
+)
+
+# What a logical axis is called in `config.json`.
+_SIZES = {
+    "vocab": "vocab_size",
+    "heads": "num_attention_heads",
+    "ffn": "intermediate_size or moe_intermediate_size",
+    "q_latent": "q_lora_rank",
+    "q_rank": "q_lora_rank",
+    "kv_rank": "kv_lora_rank",
+    "index_heads": "index_n_heads",
+    "experts": "n_routed_experts",
+    "embed": "hidden_size",
+}
+
+
+def whole(shards: Tree, blueprint: Tree, rules: Rules) -> Tree:
+    """A layer's weights as they are computed with: gathered along the axes that are only stored."""
+
+    def gather(weight: ParamSpec, shard: jax.Array) -> jax.Array:
+        for dim, (name, axes) in enumerate(zip(weight.axes, rules.divisors(weight), strict=True)):
+            if name in rules.stored:
+                shard = gathered(shard, axes, dim)
+        return shard
+
+    return jax.tree.map(gather, blueprint, shards, is_leaf=is_spec)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Partition:
+    """A mesh, and the rules by which weights are kept on it."""
+
+    mesh: Mesh
+    rules: Rules
+
+    def specs(self, blueprint: Tree) -> Tree:
+        """The mesh axes that divide each weight."""
+        return map_specs(lambda _, weight: self.rules.spec(weight), blueprint)
+
+    def sharding(self, weight: ParamSpec) -> NamedSharding:
+        """How a weight lies on the devices."""
+        return NamedSharding(self.mesh, self.rules.spec(weight))
+
+    def shardings(self, blueprint: Tree) -> Tree:
+        """How all weights lie on the devices."""
+        return map_specs(lambda _, weight: self.sharding(weight), blueprint)
+
+    def place(self, model: Tree, blueprint: Tree) -> Tree:
+        """The weights, moved to the devices that keep them."""
+        return jax.device_put(model, self.shardings(blueprint))
+
+    def on_shards(
+        self, function: Callable[..., Any], in_specs: Any, out_specs: Any
+    ) -> Callable[..., Any]:
+        """The function, run by every device on its shards of the arguments."""
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+
+
+@functools.cache
+def on_one_device() -> Partition:
+    """Everything on the first device."""
+    return Partition(single_device(), DECODE)
+
+
+def keeping(partition: Partition | None) -> Callable[[ParamSpec], jax.sharding.Sharding]:
+    """How weights lie on the devices of a partition, or on the first device without one."""
+    if partition is not None:
+        return partition.sharding
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return lambda _: device
+
+
+def from_parts(
+    shape: tuple[int, ...],
+    sharding: jax.sharding.Sharding,
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+) -> jax.Array:
+    """An array of which every process reads the parts that its devices keep, each part once.
+
+    Args:
+      read: gives a part, whose slices have a start and a stop.
+    """
+    parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def part(wanted: tuple[slice, ...] | None) -> np.ndarray:
+        bounds = tuple(
+            each.indices(size)[:2] for each, size in zip(wanted or (), shape, strict=True)
+        )
+        if bounds not in parts:
+            parts[bounds] = read(tuple(slice(*pair) for pair in bounds))
+        return parts[bounds]
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def require_divisible(
+    blueprint: Any, rules: Rules, sizes: Mapping[str, int], batch: int = 0
+) -> None:
+    """Checks that a mesh divides every weight, and the rows of a batch, into equal shards.
+
+    Args:
+      sizes: of the mesh axes.
+
+    Raises:
+      InputError: an axis does not divide what it shards; the nearest sizes that do are named.
+    """
+
+    def check(what: str, size: int, axes: Axes) -> None:
+        parts = math.prod(sizes[axis] for axis in axes)
+        if size % parts:
+            given = ",".join(f"{axis}={sizes[axis]}" for axis in axes)
+            raise InputError(
+                f"mesh {given} does not divide {what} {size} evenly, expected {'*'.join(axes)} to "
+                f"be {_nearest_divisors(size, parts)}"
+            )
+
+    def check_weight(_: str, weight: ParamSpec) -> None:
+        for name, size, axes in zip(weight.axes, weight.shape, rules.divisors(weight), strict=True):
+            if axes:
+                check(_SIZES[name], size, axes)
+
+    map_specs(check_weight, blueprint)
+    check("batch size", batch, BATCH)
+
+
+def _nearest_divisors(size: int, wanted: int) -> str:
+    divisors = [part for part in range(1, size + 1) if size % part == 0]
+    below = max(part for part in divisors if part < wanted)
+    above = [part for part in divisors if part > wanted][:1]
+    return " or ".join(map(str, [below, *above]))
