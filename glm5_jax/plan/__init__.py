@@ -1,0 +1,1 @@
+"""What a step on many chips takes: memory, work, communication, time."""
