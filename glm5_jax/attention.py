@@ -120,7 +120,8 @@ class Attention(nnx.Module):
         if form == "gathered" and selection.topk is not None:
             num_keys, per_key = selection.topk, self.config.row_dim + 2 * num_heads
         length = block_length(bytes_per_query=4 * batch * num_keys * per_key)
-        attended = map_queries(attend_part, length, asked, query_places, selection)
+        chosen = selection._replace(log_share=None)  # a share of the queries only, and not needed
+        attended = map_queries(attend_part, length, asked, query_places, chosen)
         if attended.mass is not None:
             mass = total_share(padded(attended.mass, (MODEL,), 1), (MODEL,), 1)
         values = merged(attended, rows.axes) if divided else attended.values

@@ -10,6 +10,8 @@ import numpy as np
 
 _CHUNK_BYTES = 64 * 2**20
 
+Region = tuple[slice, ...]  # of an array; each slice has a start and a stop
+
 
 class Layout(NamedTuple):
     """Shape and dtype of a leaf, and how it is cut into chunks."""
@@ -27,12 +29,29 @@ class Layout(NamedTuple):
         """Every chunk's place in the grid, the last axis fastest."""
         return itertools.product(*(range(count) for count in self.grid))
 
-    def region(self, position: tuple[int, ...]) -> tuple[slice, ...]:
+    def region(self, position: tuple[int, ...]) -> Region:
         """The part of the leaf that a chunk holds."""
         return tuple(
             slice(place * part, min((place + 1) * part, size))
             for place, part, size in zip(position, self.chunk, self.shape, strict=True)
         )
+
+
+def overlap(held: Region, wanted: Region) -> tuple[Region, Region] | None:
+    """What two regions have in common, counted from the start of each; None if nothing."""
+    bounds = [
+        (max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(held, wanted, strict=True)
+    ]
+    if any(first >= last for first, last in bounds):
+        return None
+    in_held, in_wanted = (
+        tuple(
+            slice(first - each.start, last - each.start)
+            for (first, last), each in zip(bounds, region, strict=True)
+        )
+        for region in (held, wanted)
+    )
+    return in_held, in_wanted
 
 
 def layout(shape: Sequence[int], dtype: jax.typing.DTypeLike, num_single_axes: int = 0) -> Layout:

@@ -129,7 +129,8 @@ def take_back_chosen(
         y_TD, empty_RD, here.offset_N, here.size_N, plan.lands_here_N, there.size_N, axes
     )
     sums_TD = jnp.zeros((num_tokens, y_TD.shape[1]), jnp.float32)
-    return sums_TD.at[plan.token_R].add(back_RD, mode="drop").astype(y_TD.dtype)
+    sums_TD = sums_TD.at[plan.token_R].add(back_RD.astype(jnp.float32), mode="drop")
+    return sums_TD.astype(y_TD.dtype)
 
 
 class _Parts(NamedTuple):

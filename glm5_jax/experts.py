@@ -5,6 +5,7 @@ blocks in use then reads each expert's weights where they are; nothing is droppe
 that nobody chose is computed.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +19,9 @@ from glm5_jax.config import Config
 from glm5_jax.linear import project_f32
 from glm5_jax.params import weight
 
-_LARGEST_BLOCK = 128
+# Rows of a block: a block is computed whole and reads its expert's weights once, so it should be
+# full and yet large. Small loads are made one block; large ones at least four.
+_LARGE_BLOCK, _LARGEST_BLOCK = 128, 512
 # Names the loop in traces: how often it runs depends on the routing, which a planner must estimate.
 BLOCK_LOOP = "expert_blocks"
 
@@ -46,6 +49,25 @@ class Dispatch(NamedTuple):
     num_used: jax.Array  # blocks in use; they come first
 
 
+def _block_length(mean_load: int) -> int:
+    if mean_load <= 4 * _LARGE_BLOCK:
+        return min(_LARGE_BLOCK, 1 << max(0, mean_load - 1).bit_length())
+    return min(_LARGEST_BLOCK, 1 << (mean_load // 4).bit_length() - 1)
+
+
+def expected_blocks(num_pairs: int, num_experts: int, num_here: int) -> float:
+    """How many blocks a device runs for its experts, the mean if tokens choose at random.
+
+    Args:
+      num_pairs: of tokens and choices, among all experts.
+      num_here: experts of this device.
+    """
+    mean, block = num_pairs / num_experts, _block_length(num_pairs // num_experts)
+    most = int(mean + 12 * math.sqrt(mean) + 20)
+    chance = [math.exp(k * math.log(mean) - mean - math.lgamma(k + 1)) for k in range(most)]
+    return num_here * sum(-(-load // block) * share for load, share in enumerate(chance))
+
+
 def dispatch(expert_TK: jax.Array, num_experts: int, mean_load: int) -> Dispatch:
     """Sorts (token, choice) pairs by expert, each expert starting a new block.
 
@@ -57,7 +79,7 @@ def dispatch(expert_TK: jax.Array, num_experts: int, mean_load: int) -> Dispatch
     """
     num_tokens, num_choices = expert_TK.shape
     num_pairs = num_tokens * num_choices
-    block = min(_LARGEST_BLOCK, 1 << max(0, mean_load - 1).bit_length())
+    block = _block_length(mean_load)
     most_experts = min(num_experts, num_pairs)
     num_blocks = most_experts + (num_pairs - most_experts) // block
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from glm5_jax.chunks import Region, overlap
 from glm5_jax.collectives import DATA, EXPERT, MESH_AXES, MODEL
 from glm5_jax.errors import InputError
 
@@ -18,6 +19,9 @@ Job = Literal["run", "train"]
 
 # Past this many devices, dividing heads makes products too narrow and sums too frequent to pay.
 _MOST_MODEL = 8
+_FETCHED_WHOLE = 2**26  # bytes of a shard; JAX keeps them, so that of larger ones parts are fetched
+# From here on, gathering a layer's experts takes little enough memory.
+_ENOUGH_EXPERT = 16
 
 
 def parse_mesh(text: str, num_devices: int) -> Sizes:
@@ -53,7 +57,8 @@ def choose_mesh(num_devices: int, job: Job, check: Callable[[Sizes], None]) -> S
     """A sensible mesh for the devices at hand.
 
     To run a model, up to eight devices share every layer and the rest share experts and batch. To
-    train, batches and weights are divided over all devices, and layers only where they must be.
+    train, batches and weights are divided over all devices, experts over up to sixteen, and layers
+    only where they must be.
 
     Args:
       check: raises `InputError` if a mesh will not do.
@@ -64,7 +69,7 @@ def choose_mesh(num_devices: int, job: Job, check: Callable[[Sizes], None]) -> S
 
     def badness(sizes: Sizes) -> tuple[int, ...]:
         if job == "train":
-            return sizes[MODEL], sizes[EXPERT]
+            return sizes[MODEL], -min(sizes[EXPERT], _ENOUGH_EXPERT), sizes[EXPERT]
         too_many = max(0, sizes[MODEL] - _MOST_MODEL)
         return too_many, -sizes[MODEL], sizes[DATA]
 
@@ -124,6 +129,34 @@ def fetch(array: jax.Array) -> np.ndarray:
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def fetch_part(array: jax.Array, wanted: Region) -> np.ndarray:
+    """A part of an array, on every process, in little more memory than it takes."""
+    part = np.zeros([each.stop - each.start for each in wanted], array.dtype)
+    for shard in array.addressable_shards:
+        held = tuple(
+            slice(*each.indices(size)[:2])
+            for each, size in zip(shard.index, array.shape, strict=True)
+        )
+        # Of equal shards, which may be in several processes, one counts.
+        if shard.replica_id == 0 and (common := overlap(held, wanted)) is not None:
+            in_held, in_wanted = common
+            part[in_wanted] = _fetch_slice(shard.data, in_held)
+    if array.is_fully_addressable:
+        return part
+    # Every byte comes from one process and is zero in the others, so that their sum is the part.
+    summed = multihost_utils.broadcast_one_to_all(part.reshape(-1).view(np.uint8), is_source=True)
+    return np.asarray(summed).view(part.dtype).reshape(part.shape)
+
+
+def _fetch_slice(array: jax.Array, region: Region) -> np.ndarray:
+    """A slice of an array on one device."""
+    if array.nbytes <= _FETCHED_WHOLE:
+        return np.asarray(array)[region]
+    starts = [each.start for each in region]
+    sizes = [each.stop - each.start for each in region]
+    return np.asarray(jax.lax.dynamic_slice(array, starts, sizes))
 
 
 def _distance(sizes: Sizes, other: Sizes) -> float:

@@ -35,6 +35,7 @@ ORDER = [
     ["checkpoint", "published.files", "published.check", "published.slices"],
     ["published.source", "published.native"],
     ["load", "info", "inference", "doctor"],
+    ["plan"],
     ["commands"],
     ["__main__"],
 ]

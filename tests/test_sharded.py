@@ -105,6 +105,16 @@ def test_losses_and_gradients_are_those_of_one_device(shape):
         assert_equal(leaf, expected)
 
 
+@pytest.mark.parametrize("shape", [(1, 2, 4), (1, 1, 8)])
+def test_long_sequences_are_cut_into_blocks_on_meshes_too(shape, monkeypatch):
+    """As long ones are: a few queries at a time, each device having its share of some things."""
+    monkeypatch.setattr("glm5_jax.queries.BLOCK_BYTES", 2**14)
+    specs = partition(shape, TRAIN).specs(BLUEPRINT)
+    (value, (losses, _)), gradient = on_mesh(learn, shape, TRAIN, ((P(), P()), specs))
+    (one_value, (one_losses, _)), one_gradient = on_one_device(learn)
+    assert_equal((value, losses, gradient), (one_value, one_losses, one_gradient))
+
+
 PROMPTS = [TOKENS[row, : 22 - 3 * row].tolist() for row in range(5)]
 
 

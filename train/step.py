@@ -1,8 +1,7 @@
 """One step of training."""
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +29,13 @@ class Metrics(NamedTuple):
     imbalance: jax.Array  # the largest load of an expert over the mean of its layer
 
 
-Step = Callable[[TrainState, np.ndarray, np.ndarray], tuple[TrainState, Metrics]]
+class Step(Protocol):
+    """A compiled step. It must be called within `jax.set_mesh`."""
+
+    def __call__(
+        self, state: TrainState, tokens_BT: np.ndarray, segment_BT: np.ndarray
+    ) -> tuple[TrainState, Metrics]:
+        """Learns from a whole batch; the state given is used up."""
 
 
 def make_step(
@@ -42,7 +47,7 @@ def make_step(
     *,
     remat: bool,
 ) -> Step:
-    """Compiles `step(state, tokens_BT, segment_BT)`, given whole batches; the state is used up.
+    """Compiles a step.
 
     Gradients are taken by every device on its shards; the optimizer, which works elementwise, sees
     the whole arrays.
@@ -73,13 +78,7 @@ def make_step(
         )
         return TrainState(state.step + 1, params, optimizer_state), metrics
 
-    def on_mesh(
-        state: TrainState, tokens_BT: np.ndarray, segment_BT: np.ndarray
-    ) -> tuple[TrainState, Metrics]:
-        with jax.set_mesh(partition.mesh):
-            return step(state, tokens_BT, segment_BT)
-
-    return on_mesh
+    return step
 
 
 def _imbalance(loads: Loads) -> jax.Array:

@@ -1,12 +1,15 @@
 """Arguments that several commands take."""
 
 import argparse
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glm5_jax.console import notice
+from glm5_jax.coordination import require_same
+from glm5_jax.errors import InputError
 
 if TYPE_CHECKING:
     from glm5_jax.config import Config
@@ -60,6 +63,27 @@ def add_model(command: argparse.ArgumentParser) -> None:
         help="of weights and activations (default: that of the checkpoint; float32 for float16)",
     )
     add_mesh(command)
+
+
+def read_config_of(name: str) -> "Config":
+    """The config of a checkpoint's directory or of a preset.
+
+    Raises:
+      InputError: there is neither.
+    """
+    from glm5_jax.load import read_model_config
+    from glm5_jax.presets import PRESETS, load_preset
+
+    directory = Path(name)
+    if directory.is_dir():
+        published = read_model_config(directory)
+        report_unknown_keys(directory, published.unknown_keys)
+        return published.config
+    if name not in PRESETS:
+        raise InputError(
+            f"{name}: is neither a directory nor one of the presets {', '.join(PRESETS)}"
+        )
+    return load_preset(name).config
 
 
 def add_mesh(command: argparse.ArgumentParser) -> None:
@@ -121,6 +145,19 @@ def load(args: argparse.Namespace) -> "tuple[Glm5, Partition]":
     if partition.mesh.size > 1:
         notice(announcement(partition.mesh))
     return load_model(args.model, dtype, partition), partition
+
+
+def require_same_input(args: argparse.Namespace, **values: object) -> None:
+    """Checks that all processes read the same; arguments are those of `add_processes`.
+
+    Raises:
+      InputError: a value differs.
+    """
+    digests = {
+        f"digest of the {name}": hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+        for name, value in values.items()
+    }
+    require_same("input", digests, int(args.start_timeout))
 
 
 def report_unknown_keys(directory: Path, keys: tuple[str, ...]) -> None:

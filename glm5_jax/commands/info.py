@@ -2,12 +2,10 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
-from glm5_jax.commands.arguments import report_unknown_keys
+from glm5_jax.commands.arguments import read_config_of
 from glm5_jax.console import add_command
-from glm5_jax.errors import InputError
 
 
 def add(commands: Any) -> None:
@@ -21,19 +19,7 @@ def add(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from glm5_jax.info import describe, format_description
-    from glm5_jax.load import read_model_config
-    from glm5_jax.presets import PRESETS, load_preset
 
-    directory = Path(args.model)
-    if directory.is_dir():
-        published = read_model_config(directory)
-        report_unknown_keys(directory, published.unknown_keys)
-    elif args.model in PRESETS:
-        published = load_preset(args.model)
-    else:
-        raise InputError(
-            f"{args.model}: is neither a directory nor one of the presets {', '.join(PRESETS)}"
-        )
-    facts = describe(published.config)
+    facts = describe(read_config_of(args.model))
     print(json.dumps(facts) if args.json else format_description(args.model, facts))
     return 0

@@ -14,7 +14,7 @@ from glm5_jax.inference.steps import State, compiled_steps, empty_state
 from glm5_jax.model import Glm5, for_decoding
 from glm5_jax.sharding import Partition, on_one_device
 
-_PREFILL_LENGTH = 512  # tokens of a prompt read at once
+PREFILL_LENGTH = 512  # tokens of a prompt read at once
 _SMALLEST_BUCKET, _COARSE_BUCKET = 32, 1024
 _HOTTEST = 1e30  # all tokens are equally likely long before
 
@@ -137,7 +137,7 @@ class Generator:
         batch = state.logits_BZ.shape[0]
         lengths = np.zeros(batch, np.int32)
         lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
-        portion = min(_PREFILL_LENGTH, _bucket(int(lengths.max())))
+        portion = min(PREFILL_LENGTH, _bucket(int(lengths.max())))
         num_portions = -(-int(lengths.max()) // portion)
         tokens = np.zeros((batch, num_portions * portion), np.int32)
         for row, prompt in enumerate(prompts):

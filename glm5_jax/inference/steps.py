@@ -110,13 +110,26 @@ def empty_state(
     config: Config, partition: Partition, batch: int, capacity: int, dtype: jax.typing.DTypeLike
 ) -> State:
     """The state before anything is read."""
+    create = functools.partial(_create, config, batch, capacity, dtype)
+    return jax.jit(create, out_shardings=_shardings(config, partition, dtype))()
 
-    def create() -> State:
-        cache = KVCache.create(config, batch, capacity, dtype)
-        return State(cache, jnp.zeros((batch, config.vocab_size), jnp.float32))
 
-    shardings = jax.tree.map(
-        lambda spec: NamedSharding(partition.mesh, spec),
-        _state_specs(config, dtype),
+def abstract_state(
+    config: Config, partition: Partition, batch: int, capacity: int, dtype: jax.typing.DTypeLike
+) -> State:
+    """Shapes, dtypes and shardings of the state."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(lambda: _create(config, batch, capacity, dtype)),
+        _shardings(config, partition, dtype),
     )
-    return jax.jit(create, out_shardings=shardings)()
+
+
+def _create(config: Config, batch: int, capacity: int, dtype: jax.typing.DTypeLike) -> State:
+    cache = KVCache.create(config, batch, capacity, dtype)
+    return State(cache, jnp.zeros((batch, config.vocab_size), jnp.float32))
+
+
+def _shardings(config: Config, partition: Partition, dtype: jax.typing.DTypeLike) -> Any:
+    specs = _state_specs(config, dtype)
+    return jax.tree.map(lambda spec: NamedSharding(partition.mesh, spec), specs)

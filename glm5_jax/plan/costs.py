@@ -29,8 +29,9 @@ class Costs:
     """Sums over one execution on one device.
 
     `hbm_bytes` is a model. Products, sorts and cumulative sums read their operands and write their
-    results; what is gathered or scattered is read and written. All else inside a shard_map counts
-    as fused into those; outside of one it is a single pass that reads and writes each array once.
+    results; what is gathered or scattered is read and written. All else inside a shard_map, slices
+    too, counts as fused into those; outside of one it is a single pass that reads and writes each
+    array once.
     """
 
     flops: Mapping[str, float]  # of products, by the wider operand's dtype: `_product_dtype`
@@ -273,7 +274,7 @@ def _touched(eqn: core.JaxprEqn) -> Sequence[_Atom]:
     name = _name(eqn)
     if name in _PRODUCTS or name.startswith(_STREAMS):
         return [*eqn.invars, *eqn.outvars]
-    if name in ("dynamic_slice", "gather"):
+    if name == "gather":
         return 2 * eqn.outvars
     if name == "dynamic_update_slice":
         return 2 * [eqn.invars[1]]
