@@ -16,6 +16,7 @@ from glm5_jax.config_json import config_to_json, read_config
 from glm5_jax.errors import InputError
 from glm5_jax.model import Glm5
 from glm5_jax.params import ParamSpec, leaf_dtype, leaves_by_path, map_specs
+from glm5_jax.processes import on_first
 from glm5_jax.published.names import num_stacked_axes
 from glm5_jax.sharding import Partition, keeping
 from glm5_jax.tree_store import TreeReader, TreeWriter, write_tree
@@ -89,16 +90,22 @@ def save_checkpoint(destination: Path, model: Glm5, text_from: Path | None = Non
     Raises:
       InputError: `destination` exists.
     """
-    with new_directory(destination) as directory:
+    with on_first(lambda: new_directory(destination)) as directory:
         write_model(directory, model, text_from)
 
 
-def write_model(directory: Path, model: Glm5, text_from: Path | None = None) -> None:
-    """Writes a model into a directory, which is a native checkpoint then."""
+def write_model(directory: Path | None, model: Glm5, text_from: Path | None = None) -> None:
+    """Writes a model into a directory, which is a native checkpoint then.
+
+    Args:
+      directory: None in all processes but the first, as in `write_tree`.
+    """
     arrays = leaves_by_path(model)
     leaves = params_layout(model.config, {leaf: array.dtype for leaf, array in arrays.items()})
-    write_text_files(directory, config_to_json(model.config), text_from)
-    write_tree(directory / PARAMS_NAME, arrays, leaves, beside=[CONFIG_NAME])
+    if directory is not None:
+        write_text_files(directory, config_to_json(model.config), text_from)
+    params = None if directory is None else directory / PARAMS_NAME
+    write_tree(params, arrays, leaves, beside=[CONFIG_NAME])
 
 
 def restore_checkpoint(

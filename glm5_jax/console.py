@@ -101,9 +101,24 @@ def _ended_by_signals(prog: str) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+_silent = False  # of all threads: this process shows neither notices nor bars
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Holds back notices and progress bars, which another process shows; errors are shown."""
+    global _silent
+    before, _silent = _silent, True
+    try:
+        yield
+    finally:
+        _silent = before
+
+
 def notice(message: str) -> None:
     """Tells the user something on standard error."""
-    print(message, file=sys.stderr)
+    if not _silent:
+        print(message, file=sys.stderr)
 
 
 class Advance(Protocol):
@@ -139,7 +154,7 @@ def progress(description: str, total: int, *columns: Any, **fields: Any) -> Iter
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=_silent or not console.is_terminal,
     )
     with bar:
         task = bar.add_task(description, total=total, **fields)

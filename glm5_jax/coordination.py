@@ -8,12 +8,13 @@ the coordinator, where the others look, and ends at once.
 
 import atexit
 import contextlib
+import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -54,6 +55,26 @@ def said_by_all(topic: str, text: str, seconds: float) -> list[str]:
             f"expected all {count} to get there"
         )
     return [said[other] for other in range(count)]
+
+
+def require_same(topic: str, values: Mapping[str, object], seconds: float) -> None:
+    """Checks that all processes go by the same values, by name; else they would wait for ever.
+
+    Args:
+      topic: as in `said_by_all`.
+
+    Raises:
+      InputError: a value differs; it is named with what two processes have.
+    """
+    text = json.dumps({name: str(value) for name, value in values.items()})
+    first, *others = map(json.loads, said_by_all(topic, text, seconds))
+    for number, other in enumerate(others, start=1):
+        for name, value in first.items():
+            if other.get(name) != value:
+                raise InputError(
+                    f"{name} is {value!r:.80} in process 0 and {other.get(name)!r:.80} in process "
+                    f"{number}, expected the same in all"
+                )
 
 
 @contextlib.contextmanager

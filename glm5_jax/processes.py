@@ -4,14 +4,19 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from glm5_jax.cluster import find_cluster, read_member
-from glm5_jax.coordination import end_at_exit, ending_together, within
+from glm5_jax.console import silence
+from glm5_jax.coordination import end_at_exit, ending_together, require_same, within
 from glm5_jax.errors import InputError
 from glm5_jax.rendezvous import meet
 
+Value = TypeVar("Value")
+
+# What may be given to one process otherwise than to another, and the function of the command.
+_OF_A_PROCESS = {"coordinator", "num_processes", "process_id", "start_timeout", "run"}
 _HEARTBEAT = 60  # seconds of silence after which JAX takes a process for dead
 
 
@@ -40,7 +45,8 @@ def one_program(args: argparse.Namespace) -> Iterator[None]:
     It prints once, ends in all processes or in none, and errors name the process.
 
     Raises:
-      InputError: as the body does, or the processes do not come together.
+      InputError: as the body does, or the processes do not come together, or were started with
+        different arguments.
     """
     import jax
 
@@ -49,6 +55,9 @@ def one_program(args: argparse.Namespace) -> Iterator[None]:
         yield
         return
     with ending_together(), only_first_prints():
+        given = vars(args).items()
+        same = {f"argument {name}": value for name, value in given if name not in _OF_A_PROCESS}
+        require_same("arguments", same, int(args.start_timeout))
         yield
 
 
@@ -83,8 +92,20 @@ def is_first() -> bool:
 
 
 @contextlib.contextmanager
+def on_first(
+    context: Callable[[], contextlib.AbstractContextManager[Value]],
+) -> Iterator[Value | None]:
+    """Enters a context, such as a file to be written, in the first process; the others get None."""
+    if not is_first():
+        yield None
+        return
+    with context() as value:
+        yield value
+
+
+@contextlib.contextmanager
 def only_first_prints() -> Iterator[None]:
-    """Standard output is that of the first process; what libraries write there is not."""
+    """What is printed and shown is that of the first process; what libraries write is not."""
     import jax
 
     if not jax.distributed.is_initialized():
@@ -102,6 +123,7 @@ def only_first_prints() -> Iterator[None]:
         with (
             open(target, "w", encoding=encoding, buffering=1 if at_once else -1) as stream,
             contextlib.redirect_stdout(stream),
+            contextlib.nullcontext() if is_first() else silence(),
         ):
             yield
     finally:

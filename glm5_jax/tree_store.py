@@ -24,9 +24,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from glm5_jax.chunks import Layout
+from glm5_jax.chunks import Layout, Region, overlap
 from glm5_jax.errors import InputError
-from glm5_jax.mesh import fetch
+from glm5_jax.mesh import fetch_part
 from glm5_jax.sharding import from_parts
 from glm5_jax.strict_json import read_json
 
@@ -44,7 +44,7 @@ def _digest(chunk: np.ndarray) -> str:
 
 
 class TreeWriter:
-    """Writes a tree chunk by chunk; `commit` makes it a checkpoint."""
+    """Writes a tree chunk by chunk, in the first process; `commit` makes it a checkpoint."""
 
     def __init__(self, directory: Path, leaves: Mapping[str, Layout]):
         """Starts a tree of the given leaves, by path, at a directory that does not exist yet."""
@@ -99,10 +99,14 @@ class TreeWriter:
         tree = _nested({leaf: _Staged(self._staging / leaf) for leaf in self._leaves})
         registry = ocp.type_handlers.create_type_handler_registry((_Staged, _StagedHandler()))
         with _quiet(), _as_os_error(self._directory):
+            alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
             handler = ocp.PyTreeCheckpointHandler(
-                use_ocdbt=False, use_zarr3=False, type_handler_registry=registry
+                use_ocdbt=False,
+                use_zarr3=False,
+                type_handler_registry=registry,
+                multiprocessing_options=alone,
             )
-            with ocp.Checkpointer(handler) as checkpointer:
+            with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
                 checkpointer.save(self._directory.absolute(), tree)
         self._staging.rmdir()
         manifest["metadata_sha256"] = _file_digest(self._directory / _ORBAX_METADATA)
@@ -111,18 +115,23 @@ class TreeWriter:
 
 
 def write_tree(
-    directory: Path,
+    directory: Path | None,
     arrays: Mapping[str, jax.Array],
     leaves: Mapping[str, Layout],
     beside: Sequence[str] = (),
 ) -> None:
-    """Writes whole arrays, by path, in the given layouts; `beside` as in `TreeWriter.commit`."""
-    writer = TreeWriter(directory, leaves)
+    """Writes arrays, by path, in the given layouts; `beside` as in `TreeWriter.commit`.
+
+    The first process has a directory to write to; the others, given None, hand over what they hold.
+    """
+    writer = None if directory is None else TreeWriter(directory, leaves)
     for leaf, place in leaves.items():
-        host = fetch(arrays[leaf])
         for position in place.positions():
-            writer.put(leaf, position, host[place.region(position)])
-    writer.commit(beside)
+            chunk = fetch_part(arrays[leaf], place.region(position))
+            if writer is not None:
+                writer.put(leaf, position, chunk)
+    if writer is not None:
+        writer.commit(beside)
 
 
 class TreeReader:
@@ -197,16 +206,14 @@ class TreeReader:
         """
         place = self.leaves[leaf]
 
-        def read_part(wanted: tuple[slice, ...]) -> np.ndarray:
+        def read_part(wanted: Region) -> np.ndarray:
             array = np.empty([part.stop - part.start for part in wanted], place.dtype)
 
             def copy(position: tuple[int, ...]) -> None:
-                target, source = [], []
-                for held, part in zip(place.region(position), wanted, strict=True):
-                    first, last = max(held.start, part.start), min(held.stop, part.stop)
-                    target.append(slice(first - part.start, last - part.start))
-                    source.append(slice(first - held.start, last - held.start))
-                array[tuple(target)] = self.read(leaf, position)[tuple(source)]
+                common = overlap(place.region(position), wanted)
+                assert common is not None
+                in_chunk, in_part = common
+                array[in_part] = self.read(leaf, position)[in_chunk]
 
             spans = (
                 range(part.start // size, -(-part.stop // size))

@@ -9,7 +9,8 @@ import pytest
 from glm5_jax import chunks
 from glm5_jax.chunks import layout
 from glm5_jax.errors import InputError
-from glm5_jax.tree_store import TreeReader, TreeWriter
+from glm5_jax.mesh import make_mesh, put
+from glm5_jax.tree_store import TreeReader, TreeWriter, write_tree
 
 TREE = {
     "a.b": np.arange(24, dtype=np.float32).reshape(2, 3, 4),
@@ -32,6 +33,22 @@ def saved(tmp_path, monkeypatch):
             writer.put(leaf, position, TREE[leaf][place.region(position)])
     writer.commit()
     return tmp_path / "tree"
+
+
+@pytest.mark.parametrize("fetched_whole", [0, 2**26], ids=["slices", "whole"])
+def test_sharded_leaves_are_put_together_chunk_by_chunk(tmp_path, monkeypatch, fetched_whole):
+    """Shards of x.w, 3 by 5, are neither parts of its chunks, 4 by 10, nor made of them."""
+    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 80)
+    monkeypatch.setattr("glm5_jax.mesh._FETCHED_WHOLE", fetched_whole)
+    mesh = make_mesh({"data": 4, "expert": 1, "model": 2})
+    held = {"x.w": np.arange(120).reshape(12, 10).astype(jnp.bfloat16), "x.all": np.array(3.5)}
+    specs = {"x.w": jax.P("data", "model"), "x.all": jax.P()}
+    arrays = {leaf: put(array, mesh, specs[leaf]) for leaf, array in held.items()}
+    leaves = {leaf: layout(array.shape, array.dtype) for leaf, array in arrays.items()}
+    assert leaves["x.w"].chunk == (4, 10)
+    write_tree(tmp_path / "tree", arrays, leaves)
+    for leaf, array in restore(tmp_path / "tree").items():
+        np.testing.assert_array_equal(array, held[leaf])
 
 
 def restore(directory):

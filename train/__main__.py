@@ -10,6 +10,7 @@ from typing import Any
 from glm5_jax.commands.arguments import add_mesh, integer, non_negative, partition_for
 from glm5_jax.console import add_command, command_parser, run_command
 from glm5_jax.errors import InputError
+from glm5_jax.processes import add_processes, one_program
 from train.settings import Settings
 
 
@@ -70,6 +71,7 @@ def _add_run(commands: Any) -> None:
         "--config", required=True, metavar="PRESET|FILE", help="a preset's name or a config.json"
     )
     add_mesh(command)
+    add_processes(command)
     types: dict[type, tuple[Callable[[str], float], str]] = {
         int: (integer(0), "N"),
         float: (non_negative, "X"),
@@ -122,6 +124,12 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    with one_program(args):
+        _train(args)
+    return 0
+
+
+def _train(args: argparse.Namespace) -> None:
     settings = Settings(
         **{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
     )
@@ -139,7 +147,6 @@ def _run(args: argparse.Namespace) -> int:
     partition = partition_for(published.config, args.mesh, "train", settings.batch_size)
     last = train(data, published.config, args.run_directory, settings, partition)
     print(f"{last}: trained for {settings.steps} steps")
-    return 0
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from glm5_jax.chunks import layout
 from glm5_jax.config import Config
 from glm5_jax.errors import InputError
 from glm5_jax.params import leaf_path, leaves_by_path
+from glm5_jax.processes import is_first, on_first
 from glm5_jax.sharding import Partition
 from glm5_jax.tree_store import TreeReader, write_tree
 from train.state import TrainState, assemble
@@ -23,13 +24,15 @@ _OPTIMIZER_NAME = "optimizer"
 def save(run: Path, config: Config, state: TrainState, text_from: Path, keep: int) -> Path:
     """Saves a state under its step number, and removes all but the newest `keep` checkpoints."""
     destination = run / f"step-{int(state.step):06d}"
-    with new_directory(destination) as directory:
+    with on_first(lambda: new_directory(destination)) as directory:
         write_model(directory, assemble(config, state.params), text_from)
         arrays = leaves_by_path(state.optimizer)
         leaves = {leaf: layout(array.shape, array.dtype) for leaf, array in arrays.items()}
-        write_tree(directory / _OPTIMIZER_NAME, arrays, leaves)
-    for old in saved(run)[:-keep]:
-        shutil.rmtree(old)
+        tree = None if directory is None else directory / _OPTIMIZER_NAME
+        write_tree(tree, arrays, leaves)
+    if is_first():
+        for old in saved(run)[:-keep]:
+            shutil.rmtree(old)
     return destination
 
 

@@ -94,6 +94,11 @@ class Data:
         """Tokens of a split."""
         return self._written[split].tokens
 
+    @property
+    def digest(self) -> str:
+        """Of the tokens of all splits."""
+        return " ".join(self._written[split].sha256[:12] for split in _SPLITS)
+
     def bytes_per_token(self, split: str) -> float:
         """Length of the text that a token stands for, in bytes of UTF-8, on average."""
         return self._written[split].bytes / self._written[split].tokens

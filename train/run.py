@@ -5,6 +5,7 @@ import json
 import time
 from pathlib import Path
 
+import jax
 import optax
 from rich.progress import TextColumn
 
@@ -12,10 +13,12 @@ from glm5_jax.atomic import new_directory
 from glm5_jax.config import Config
 from glm5_jax.config_json import config_to_json
 from glm5_jax.console import notice, progress
+from glm5_jax.coordination import require_same, said_by_all
 from glm5_jax.errors import InputError
 from glm5_jax.mesh import announcement
 from glm5_jax.model import Glm5
 from glm5_jax.params import leaves_by_path
+from glm5_jax.processes import is_first, on_first
 from glm5_jax.sharding import Partition, require_divisible
 from glm5_jax.strict_json import read_json
 from train import checkpoint
@@ -36,19 +39,21 @@ from train.state import TrainState, abstract_state, start
 from train.step import make_step
 
 SETTINGS_NAME = "run.json"
+_LONGEST_WAIT = 300  # seconds that processes wait for each other before the first step
 
 
 def train(data: Data, config: Config, run: Path, settings: Settings, partition: Partition) -> Path:
     """Trains a model, from where the run left off if there is one.
 
-    The mesh may be another one each time.
+    The mesh and the number of processes may be others each time. The first process writes, on a
+    file system that all of them share.
 
     Returns:
       The last checkpoint, a native model directory.
 
     Raises:
       InputError: data, config and settings do not fit each other, the run was started with other
-        settings, or a number of a step is not finite.
+        settings, processes see different files, or a number of a step is not finite.
     """
     rows = data.split("train", settings.length, at_least=settings.batch_size)
     _require_fit(data, config, settings)
@@ -68,15 +73,18 @@ def train(data: Data, config: Config, run: Path, settings: Settings, partition: 
         index_weight=settings.index_weight,
     )
     optimizer = make_optimizer(specs, objective, rate, settings.weight_decay, settings.clip)
-    _claim(run, config, settings)
+    if is_first():
+        _claim(run, config, settings)
+    newest = _newest_checkpoint(run, data, config)
     if partition.mesh.size > 1:
         notice(announcement(partition.mesh))
-    state = _start_or_resume(run, config, optimizer, settings, partition)
+    state = _start_or_resume(newest, run, config, optimizer, settings, partition)
     step = make_step(
         config, objective, optimizer, settings.balance_rate, partition, remat=settings.remat
     )
     with (
-        (run / METRICS_NAME).open("a") as log,
+        jax.set_mesh(partition.mesh),
+        on_first(lambda: (run / METRICS_NAME).open("a")) as log,
         progress(
             "train", settings.steps, TextColumn("{task.fields[shown]}"), shown="compiles"
         ) as advance,
@@ -96,13 +104,15 @@ def train(data: Data, config: Config, run: Path, settings: Settings, partition: 
             require_finite(record, run)
             if is_evaluated:
                 notice(summary(record))
-            log.write(to_line(record))
-            log.flush()
+            if log is not None:
+                log.write(to_line(record))
+                log.flush()
             if is_last or (number + 1) % settings.save_every == 0:
-                checkpoint.save(run, config, state, data.directory, settings.keep)
+                newest = checkpoint.save(run, config, state, data.directory, settings.keep)
             shown = f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s"
             advance(1, shown=shown)
-    return checkpoint.saved(run)[-1]
+    assert newest is not None
+    return newest
 
 
 def _require_fit(data: Data, config: Config, settings: Settings) -> None:
@@ -153,19 +163,35 @@ def _claim(run: Path, config: Config, settings: Settings) -> None:
         )
 
 
+def _newest_checkpoint(run: Path, data: Data, config: Config) -> Path | None:
+    """The checkpoint to go on from, if there is one, once all processes agree on what they see."""
+    said_by_all("run is claimed", "", _LONGEST_WAIT)
+    checkpoints = checkpoint.saved(run)
+    seen = {
+        f"{run / SETTINGS_NAME}": "there" if (run / SETTINGS_NAME).exists() else "missing",
+        f"the newest checkpoint in {run}": checkpoints[-1].name if checkpoints else "none",
+        "the model's config": config,
+        f"the digest of {data.directory}": data.digest,
+    }
+    require_same("run", seen, _LONGEST_WAIT)
+    return checkpoints[-1] if checkpoints else None
+
+
 def _start_or_resume(
+    newest: Path | None,
     run: Path,
     config: Config,
     optimizer: optax.GradientTransformation,
     settings: Settings,
     partition: Partition,
 ) -> TrainState:
-    checkpoints = checkpoint.saved(run)
-    if not checkpoints:
-        (run / METRICS_NAME).unlink(missing_ok=True)
+    if newest is None:
+        if is_first():
+            (run / METRICS_NAME).unlink(missing_ok=True)
         return start(config, optimizer, partition, settings.seed)
-    notice(f"{run}: goes on from {checkpoints[-1].name}")
+    notice(f"{run}: goes on from {newest.name}")
     template = abstract_state(config, optimizer, partition)
-    state = checkpoint.restore(checkpoints[-1], config, partition, template)
-    forget_later_steps(run / METRICS_NAME, int(state.step))
+    state = checkpoint.restore(newest, config, partition, template)
+    if is_first():
+        forget_later_steps(run / METRICS_NAME, int(state.step))
     return state

@@ -6,9 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm5_jax.commands.arguments import LARGEST_SEED, add_model, integer, load, non_negative
+from glm5_jax.commands.arguments import (
+    LARGEST_SEED,
+    add_model,
+    integer,
+    load,
+    non_negative,
+    require_same_input,
+)
 from glm5_jax.console import add_command, notice, progress
 from glm5_jax.errors import InputError
+from glm5_jax.processes import add_processes, one_program
 from glm5_jax.strict_json import parse_json
 
 if TYPE_CHECKING:
@@ -74,6 +82,7 @@ def add(commands: Any) -> None:
         action="store_true",
         help="print a JSON object per prompt: prompt_tokens, tokens, text, finish_reason",
     )
+    add_processes(command)
 
 
 def _token_list(text: str) -> list[int]:
@@ -86,6 +95,12 @@ def _token_list(text: str) -> list[int]:
 
 
 def _run(args: argparse.Namespace) -> int:
+    with one_program(args):
+        _generate(args)
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> None:
     requests = _requests(args)
 
     from glm5_jax.inference.generate import Generator, check_prompt
@@ -103,18 +118,16 @@ def _run(args: argparse.Namespace) -> int:
     for number, prompt in enumerate(prompts, start=1):
         check_prompt(prompt, args.max_new_tokens, config, args.context, f"prompt {number}")
     stop = stop_tokens(args.model, config.eos_ids)
-    model, partition = load(args)
-    generator = Generator(
-        model,
-        partition,
-        stop=stop,
-        num_tokens=tokenizer.num_tokens if tokenizer else None,
-        context=args.context,
+    num_tokens = tokenizer.num_tokens if tokenizer else None
+    require_same_input(
+        args, config=config, prompts=prompts, stop_tokens=sorted(stop), vocabulary=num_tokens
     )
+    model, partition = load(args)
+    generator = Generator(model, partition, stop=stop, num_tokens=num_tokens, context=args.context)
     sampling = Sampling(temperature=args.temperature, seed=args.seed)
     if len(prompts) == 1 and tokenizer and not args.json:
         _stream(generator, prompts[0], args.max_new_tokens, sampling, tokenizer)
-        return 0
+        return
     with progress("generate", len(prompts)) as advance:
         for first in range(0, len(prompts), args.batch_size):
             batch = prompts[first : first + args.batch_size]
@@ -130,7 +143,6 @@ def _run(args: argparse.Namespace) -> int:
                         print(f"--- prompt {number}")
                     print(",".join(map(str, completion.tokens)) if text is None else text)
                 advance(1)
-    return 0
 
 
 def _tokenizer(directory: Path, *, needed: bool) -> "Tokenizer | None":

@@ -4,9 +4,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm5_jax.commands.arguments import add_model, integer, load
+from glm5_jax.commands.arguments import add_model, integer, load, require_same_input
 from glm5_jax.console import add_command, progress
 from glm5_jax.errors import InputError
+from glm5_jax.processes import add_processes, is_first, on_first, one_program
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,12 +35,19 @@ def add(commands: Any) -> None:
         "--mtp", type=integer(0), default=0, metavar="N", help="depths of multi-token prediction"
     )
     command.add_argument("--overwrite", action="store_true", help="replace FILE.npz if it exists")
+    add_processes(command)
 
 
 def _run(args: argparse.Namespace) -> int:
+    with one_program(args):
+        _score(args)
+    return 0
+
+
+def _score(args: argparse.Namespace) -> None:
     from glm5_jax.atomic import new_file, refuse_existing
 
-    if not args.overwrite:
+    if is_first() and not args.overwrite:
         refuse_existing(args.out)
     tokens = _read_tokens(args.tokens)
 
@@ -51,7 +59,8 @@ def _run(args: argparse.Namespace) -> int:
     config = read_model_config(args.model).config
     tokens = check_tokens(tokens, config, args.mtp, str(args.tokens))
     check_depth(args.mtp, config)
-    with new_file(args.out, overwrite=args.overwrite) as partial:
+    require_same_input(args, config=config, tokens=(tokens.shape, tokens.tobytes()))
+    with on_first(lambda: new_file(args.out, overwrite=args.overwrite)) as partial:
         model, partition = load(args)
         rows = []
         with progress("score", len(tokens)) as advance:
@@ -59,10 +68,10 @@ def _run(args: argparse.Namespace) -> int:
                 rows.append(row)
                 advance(1)
         arrays: dict[str, Any] = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
+        if partial is not None:
+            with partial.open("wb") as file:
+                np.savez(file, **arrays)
     print(f"{args.out}: {', '.join(f'{name} {list(x.shape)}' for name, x in arrays.items())}")
-    return 0
 
 
 def _read_tokens(path: Path) -> "np.ndarray":

@@ -1,0 +1,208 @@
+"""Two processes of four devices each against one process: the model, and every command."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from glm5_jax.__main__ import main as glm5
+from glm5_jax.checkpoint import restore_checkpoint
+from glm5_jax.inference.generate import Generator
+from glm5_jax.inference.sampling import Sampling
+from glm5_jax.params import leaves_by_path
+from tests import test_sharded as sharded
+from tests.tiny import random_weights, write_published
+from tests.together import run_together
+from train.__main__ import main as glm5_train
+from train.metrics import read_metrics
+
+MESHES = {"2x2x2": "data=2,expert=2,model=2", "8x1x1": "data=8", "1x1x8": "model=8"}
+on_meshes = pytest.mark.parametrize("shape", MESHES)
+# Fewer kinds of layers compile faster; all of them are compared with one device.
+RAW = sharded.RAW | {
+    "vocab_size": 320,
+    "num_hidden_layers": 2,
+    "indexer_types": ["full", "full"],
+    "mlp_layer_types": ["dense", "sparse"],
+}
+
+
+@pytest.mark.slow
+@on_meshes
+def test_the_model_is_that_of_one_device(shape, tmp_path):
+    """Logits, MTP logits, router loads, losses, gradients of all leaves and text."""
+    ended = run_together(*[("tests.process_worker", "work", shape, tmp_path)] * 2)
+    assert ended == [(0, "", "")] * 2
+    scores, loads = sharded.on_one_device(sharded.predict)
+    learnt = sharded.on_one_device(sharded.learn)
+    expected = leaves_by_path({"scores": scores, "loads": loads, "learnt": learnt})
+    text = Generator(sharded.model()).complete(sharded.PROMPTS, 12, Sampling())
+    for process in range(2):
+        assert json.loads((tmp_path / f"{shape}-{process}.json").read_text()) == [
+            list(completion) for completion in text
+        ]
+        with np.load(tmp_path / f"{shape}-{process}.npz") as file:
+            actual = dict(file)
+        assert actual.keys() == expected.keys() and len(actual) > 60
+        for name, value in expected.items():
+            real = sharded.SEGMENTS > 0 if name.startswith("scores") else ...
+            sharded.assert_equal(actual[name][real], np.asarray(value)[real])
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    return write_published(tmp_path_factory.mktemp("model"), RAW, random_weights(RAW), 2)
+
+
+def twice(*command):
+    """Two processes of a command that goes well; what the first printed and showed."""
+    first, second = run_together(command, command)
+    assert (first.status, second) == (0, (0, "", "")), (first, second)
+    return first.output, first.errors
+
+
+@pytest.mark.slow
+def test_generating_prints_the_same_text_once(published, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    given = [{"prompt_tokens": tokens} for tokens in ([5, 7, 11], [13], [17, 19])]
+    prompts.write_text("".join(json.dumps(each) + "\n" for each in given))
+    command = ["generate", "--model", str(published), "--prompts", str(prompts), "--json"]
+    command += ["--max-new-tokens", "9", "--mesh", "data=2,model=4"]
+    assert glm5(command) == 0
+    alone = capsys.readouterr()
+    assert twice("glm5_jax", *command) == (alone.out, "8 cpu devices: data=2,expert=1,model=4\n")
+    assert len(alone.out.splitlines()) == 3
+    command[command.index("--mesh") + 1] = "model=8"
+    warm = [*command, "--temperature", "1.0"]
+    assert glm5(warm) == 0
+    assert twice("glm5_jax", *warm)[0] == capsys.readouterr().out != alone.out
+
+
+@pytest.mark.slow
+def test_scores_are_written_once_and_are_those_of_one_process(published, tmp_path):
+    tokens = tmp_path / "tokens.npy"
+    np.save(tokens, sharded.TOKENS[:3])
+    command = ["score", "--model", str(published), "--tokens", str(tokens), "--mtp", "2"]
+    command += ["--mesh", "data=2,expert=2,model=2", "--out"]
+    (tmp_path / "alone").mkdir()
+    assert glm5([*command, str(tmp_path / "alone" / "out.npz")]) == 0
+    together = tmp_path / "together" / "out.npz"
+    output, _ = twice("glm5_jax", *command, together)
+    assert output.startswith(f"{together}: logits [3, 22, 320]")
+    assert [path.name for path in together.parent.iterdir()] == ["out.npz"]
+    with np.load(tmp_path / "alone" / "out.npz") as file, np.load(together) as other:
+        assert file.keys() == other.keys() and len(file) == 4
+        for name in file:
+            scale = np.abs(file[name]).max()
+            np.testing.assert_allclose(other[name], file[name], rtol=0, atol=1e-5 * scale)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with prepared data and a config."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "text").mkdir()
+    for number in range(40):
+        text = f"def f{number}(x):\n    return x + {number}\n" * 12
+        (folder / "text" / f"{number}.py").write_text(text)
+    options = ["--text", str(folder / "text"), "--vocab-size", "300", "--held-out", "0.2"]
+    assert glm5_train(["prepare", str(folder / "data"), *options]) == 0
+    (folder / "config.json").write_text(json.dumps(RAW))
+    return folder
+
+
+def training(workplace, run, mesh):
+    command = ["run", str(workplace / "data"), str(run), "--mesh", mesh]
+    command += ["--config", str(workplace / "config.json"), "--batch-size", "8", "--steps", "4"]
+    command += ["--length", "24", "--eval-every", "2", "--eval-rows", "10", "--warmup-steps", "2"]
+    return [*command, "--save-every", "1", "--learning-rate", "0.01", "--keep", "3"]
+
+
+def cut_off(run, step):
+    """Leaves a run as if it had been killed after a step was saved."""
+    for path in run.glob("step-*"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+
+
+@pytest.mark.slow
+@pytest.mark.standard_promotion
+def test_a_run_goes_on_with_other_processes_and_meshes(workplace):
+    alone, together = workplace / "alone", workplace / "together"
+    assert glm5_train(training(workplace, alone, "data=8")) == 0
+    output, errors = twice("train", *training(workplace, together, "data=4,expert=2"))
+    assert output == f"{together / 'step-000004'}: trained for 4 steps\n"
+    assert errors.count("step 2: ") == errors.count("step 4: ") == 1 == errors.count("devices: ")
+    saved = [f"step-00000{step}" for step in (2, 3, 4)]
+    assert sorted(path.name for path in together.iterdir()) == ["metrics.jsonl", "run.json", *saved]
+    require_equal_runs(together, alone)
+
+    cut_off(together, 2)
+    assert glm5_train(training(workplace, together, "data=2,expert=2,model=2")) == 0
+    require_equal_runs(together, alone)
+
+    cut_off(together, 3)
+    _, errors = twice("train", *training(workplace, together, "expert=8"))
+    assert "goes on from step-000003" in errors
+    require_equal_runs(together, alone)
+
+
+def require_equal_runs(run, other):
+    """The same metrics of every step, and a last checkpoint that is whole.
+
+    The indexers' loss is a small difference of numbers near 1, so that rounding shows sooner.
+    """
+    records, expected = (read_metrics(path / "metrics.jsonl") for path in (run, other))
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    for record, one in zip(records, expected, strict=True):
+        assert record.keys() == one.keys()
+        for name in record.keys() - {"tokens_per_second"}:
+            np.testing.assert_allclose(record[name], one[name], rtol=1e-5, atol=1e-8, err_msg=name)
+    restore_checkpoint(run / "step-000004")
+
+
+def generating(model, *options):
+    flags = ["--model", str(model), "--prompt-tokens", "5", "--max-new-tokens", "3"]
+    return "glm5_jax", "generate", *flags, *options
+
+
+def assert_each_ends_with_one_line(ended, *named):
+    for process in ended:
+        assert process.status == 2 and process.output == ""
+        assert process.errors.count("\n") == 1 and any(text in process.errors for text in named)
+
+
+def test_an_error_in_all_processes_is_one_line_in_each(published, tmp_path):
+    ended = run_together(*[generating(tmp_path / "nowhere")] * 2, seconds=60)
+    assert_each_ends_with_one_line(ended, "nowhere: is not a directory")
+    ended = run_together(*[generating(published, "--mesh", "data=3")] * 2, seconds=60)
+    assert_each_ends_with_one_line(ended, "--mesh data=3,expert=1,model=1 is for 3 devices")
+
+
+def test_processes_with_other_arguments_are_named(published):
+    ended = run_together(generating(published), generating(published, "--seed", "1"), seconds=60)
+    assert_each_ends_with_one_line(ended, "argument seed is '0' in process 0 and '1' in process 1")
+
+
+def test_processes_that_read_other_prompts_are_named(published, tmp_path):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "prompts.jsonl").write_text(json.dumps({"prompt_tokens": [5 + number]}))
+    command = ["glm5_jax", "generate", "--model", published, "--prompts", "prompts.jsonl"]
+    command += ["--max-new-tokens", "3"]
+    ended = run_together(command, command, folders=folders, seconds=60)
+    assert_each_ends_with_one_line(ended, "digest of the prompts is '")
+    (folders[1] / "prompts.jsonl").unlink()
+    ended = run_together(command, command, folders=folders, seconds=60)
+    assert_each_ends_with_one_line(ended, "prompts.jsonl: No such file")
+
+
+def test_processes_that_do_not_share_the_run_are_named(workplace, tmp_path):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    command = ("train", *training(workplace, "run", "data=8"))
+    ended = run_together(command, command, folders=folders, seconds=60)
+    assert_each_ends_with_one_line(ended, "run/run.json is 'there' in process 0 and 'missing' in")
