@@ -66,20 +66,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--preset", default="glm-5")
     parser.add_argument("--chip", default="v5p", help="with three dimensions of links")
     parser.add_argument("--jobs", nargs="+", default=list(_WORK), choices=list(_WORK))
-    parser.add_argument("--no-compile", action="store_true", help="count only: no memory peaks")
+    parser.add_argument(
+        "--compile",
+        nargs="*",
+        default=list(_WORK),
+        choices=list(_WORK),
+        help="jobs to compile, for peaks of memory; training takes six minutes each",
+    )
     parser.add_argument("--results", type=Path, help="folder to write scaling.json, .md, .png to")
     args = parser.parse_args(arguments)
     rows = []
     for job in args.jobs:
         for layout in _TOPOLOGIES:
-            compiles = not args.no_compile
-            found = plan(args.preset, job, args.chip, layout, compiles=compiles)
+            found = plan(args.preset, job, args.chip, layout, compiles=job in args.compile)
             chips = math.prod(map(int, layout.split("x")))
             rows.append(to_row(job, chips, found))
             print(_line(rows[-1]), flush=True)
     if args.results:
-        options = " --no-compile" if args.no_compile else ""
-        command = f"python -m benchmarks.scaling --preset {args.preset} --chip {args.chip}{options}"
+        command = (
+            f"python -m benchmarks.scaling --preset {args.preset} --chip {args.chip} "
+            f"--compile {' '.join(args.compile)}"
+        )
         write_results(args.results, "scaling", command, rows, _table(rows), "libtpu")
         _draw(rows, args.results / "scaling.png", f"{args.preset} on {args.chip}")
     return 0

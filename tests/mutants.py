@@ -79,22 +79,22 @@ MUTANTS = [
     Mutant(
         "mask after top-k",
         "glm5_jax/indexer.py",
-        "jax.lax.top_k(masked_BTS, topk)",
-        "jax.lax.top_k(scores_BTS, topk)",
+        "jax.lax.top_k(masked_BTS, most)",
+        "jax.lax.top_k(scores_BTS, most)",
         "tests/test_model.py tests/test_indexer.py",
     ),
     Mutant(
         "invalid picks attended to",
         "glm5_jax/indexer.py",
-        "return Selection(index_BTK, highest_BTK > -jnp.inf)",
-        "return Selection(index_BTK, jnp.ones_like(index_BTK, bool))",
+        "return Selection(found.index_BTK, found.score_BTK > -jnp.inf)",
+        "return Selection(found.index_BTK, jnp.ones_like(found.index_BTK, bool))",
         "tests/test_model.py tests/test_indexer.py",
     ),
     Mutant(
         "one token too few selected",
         "glm5_jax/indexer.py",
-        "        topk = self.config.topk\n",
-        "        topk = self.config.topk - 1\n",
+        "most = min(self.config.topk, keys.num_slots)",
+        "most = min(self.config.topk, keys.num_slots) - 1",
         "tests/test_model.py",
     ),
     Mutant(
@@ -184,8 +184,8 @@ MUTANTS = [
     Mutant(
         "decoding writes one slot too far",
         "glm5_jax/cache.py",
-        "return jnp.where(places.real_BT, places.position_BT, self.capacity)",
-        "return jnp.where(places.real_BT, places.position_BT + 1, self.capacity)",
+        "slot_BT = places.position_BT - self._first_slot",
+        "slot_BT = places.position_BT + 1 - self._first_slot",
         "tests/test_cache.py tests/test_model.py",
     ),
     Mutant(
@@ -198,9 +198,37 @@ MUTANTS = [
     Mutant(
         "MTP losses shifted by one token too few",
         "train/loss.py",
-        "places, distance=1 + depth)",
-        "places, distance=depth)",
+        "tokens_BT, places, 1 + depth, rules)",
+        "tokens_BT, places, depth, rules)",
         "tests/test_train.py",
+    ),
+    Mutant(
+        "attention of shards merged without regard to what each holds",
+        "glm5_jax/attention.py",
+        "part_BTN = jnp.exp(log_total_BTN - largest(log_total_BTN, axes))",
+        "part_BTN = jnp.ones_like(log_total_BTN)",
+        "tests/test_sharded.py -k text",
+    ),
+    Mutant(
+        "slots of a shard counted from its own first",
+        "glm5_jax/indexer.py",
+        "found._replace(index_BTK=found.index_BTK + keys.first_slot)",
+        "found._replace(index_BTK=found.index_BTK)",
+        "tests/test_sharded.py -k text",
+    ),
+    Mutant(
+        "rows written by shards that do not hold their slot",
+        "glm5_jax/cache.py",
+        "is_here_BT = places.real_BT & (slot_BT >= 0)",
+        "is_here_BT = places.real_BT",
+        "tests/test_sharded.py -k text",
+    ),
+    Mutant(
+        "experts of other devices taken for one's own",
+        "glm5_jax/exchange.py",
+        "jnp.where(kept_TK < 0, kept, kept_TK)",
+        "jnp.abs(kept_TK)",
+        "tests/test_exchange.py",
     ),
 ]
 

@@ -181,6 +181,24 @@ def test_decoding_moves_neither_experts_nor_the_cache(shape):
     assert largest < cache.segments[0][0].rows_LBSA.size / CONFIG.num_layers / 8 / 2
 
 
+def test_training_gathers_one_layer_at_a_time():
+    """And of its experts only those that this device computes."""
+    part = partition((2, 2, 2), TRAIN)
+    specs, rows = part.specs(BLUEPRINT), P(BATCH)
+    inner = part.on_shards(
+        functools.partial(learn, rules=TRAIN), (specs, rows, rows), ((P(), P()), specs)
+    )
+    tokens = jax.ShapeDtypeStruct((8, 22), jnp.int32, sharding=jax.NamedSharding(part.mesh, rows))
+    weights = abstract(BLUEPRINT, sharding=part.sharding)
+    hlo = jax.jit(inner).lower(weights, tokens, tokens).compile().as_text()
+    gathered = [size for kind, size in collectives(hlo) if kind == "all-gather"]
+    one_expert = CONFIG.moe.ffn * CONFIG.dim // part.mesh.shape[MODEL]
+    experts_here = CONFIG.moe.num_experts // part.mesh.shape["expert"]
+    joint = 2 * CONFIG.dim**2  # of the MTP layer
+    assert experts_here * one_expert in gathered
+    assert max(gathered) == max(experts_here * one_expert, joint)
+
+
 @on_every_mesh
 @pytest.mark.parametrize("rules", [DECODE, TRAIN], ids=["decode", "train"])
 def test_devices_hold_equal_shares_of_what_the_rules_divide(shape, rules):

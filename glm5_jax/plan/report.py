@@ -20,6 +20,8 @@ from glm5_jax.plan.programs import Job, Program, Work
 from glm5_jax.plan.topology import Topology, silenced
 from glm5_jax.sharding import Partition, require_divisible
 
+# What libtpu says that a program needs, arguments included though it speaks of temporaries.
+_NEEDED = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT])")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Parts of the model, by what the paths of their weights have in them; the first that fits.
 _WEIGHTS = {
@@ -125,7 +127,7 @@ def compile_plan(plan: Plan, traced: Any, topology: Topology) -> Plan:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needed = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
+        needed = _NEEDED.search(str(error))
         peak_or_none = None
         if needed:
             peak_or_none = topology.chip.devices * float(needed[1]) * _UNITS[needed[2]]
