@@ -28,6 +28,12 @@ def _present(axes: Axes) -> Axes:
     return tuple(axis for axis in axes if axis in manual)
 
 
+def platform() -> str:
+    """The kind of device that the program at hand is for: cpu, gpu or tpu."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else str(device.platform)
+
+
 def num_shards(axes: Axes) -> int:
     """Into how many shards the axes divide what they shard."""
     mesh = jax.sharding.get_abstract_mesh()
