@@ -11,6 +11,7 @@ from glm5_jax.config_json import PublishedConfig, read_config
 from glm5_jax.errors import InputError
 from glm5_jax.model import Glm5
 from glm5_jax.params import ParamSpec, leaf_dtype, map_specs
+from glm5_jax.processes import is_first
 from glm5_jax.published.names import PublishedTensor, published_tensors
 from glm5_jax.published.source import PublishedSource
 from glm5_jax.sharding import Partition, from_parts, keeping
@@ -74,7 +75,8 @@ def _load_published(
 
             return from_parts(spec.shape, sharding(spec), read)
 
-        source.check_copies()
+        if is_first():  # the only part that is read whole
+            source.check_copies()
         return map_specs(fill, Glm5(source.config))
     finally:
         source.close()

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -34,7 +35,7 @@ def parse_mesh(text: str, num_devices: int) -> Sizes:
     seen = set()
     for part in text.split(","):
         axis, equals, size = (word.strip() for word in part.partition("="))
-        if axis not in sizes or not equals or not size.isdecimal() or int(size) < 1:
+        if axis not in sizes or not equals or not re.fullmatch(r"[1-9]\d{0,8}", size):
             raise InputError(
                 f"--mesh {text!r:.80}: {part!r:.40} is not an axis with its size, expected "
                 "data=D,expert=E,model=M with sizes of at least 1, or auto"
@@ -82,7 +83,7 @@ def choose_mesh(num_devices: int, job: Job, check: Callable[[Sizes], None]) -> S
         else:
             return sizes
     raise InputError(
-        f"no mesh of {num_devices} devices fits, expected another number of devices: {reasons[0]}"
+        f"no mesh of {num_devices} devices fits: {'; '.join(list(dict.fromkeys(reasons))[:5])}"
     )
 
 
@@ -156,7 +157,8 @@ def _fetch_slice(array: jax.Array, region: Region) -> np.ndarray:
         return np.asarray(array)[region]
     starts = [each.start for each in region]
     sizes = [each.stop - each.start for each in region]
-    return np.asarray(jax.lax.dynamic_slice(array, starts, sizes))
+    with jax.set_mesh(Mesh(np.empty((), object), ())):  # not on the devices of any mesh in force
+        return np.asarray(jax.lax.dynamic_slice(array, starts, sizes))
 
 
 def _distance(sizes: Sizes, other: Sizes) -> float:

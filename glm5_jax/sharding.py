@@ -111,6 +111,11 @@ class Partition:
     mesh: Mesh
     rules: Rules
 
+    @property
+    def platform(self) -> str:
+        """The kind of device: cpu, gpu or tpu."""
+        return str(self.mesh.devices.flat[0].platform)
+
     def specs(self, blueprint: Tree) -> Tree:
         """The mesh axes that divide each weight."""
         return map_specs(lambda _, weight: self.rules.spec(weight), blueprint)

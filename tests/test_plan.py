@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from glm5_jax.mesh import make_mesh
 from glm5_jax.model import Glm5
 from glm5_jax.params import abstract, leaf_dtype, leaves_by_path
 from glm5_jax.plan.chips import CHIPS
-from glm5_jax.plan.topology import find_topology
+from glm5_jax.plan.topology import Topology, find_topology
 from glm5_jax.presets import load_preset
 from glm5_jax.sharding import DECODE, TRAIN, Partition
 
@@ -73,6 +74,19 @@ def test_memory_and_work_are_those_of_the_model(capsys, job):
     assert found["tokens_per_second_per_chip"] == pytest.approx(rate)
 
 
+def test_gpus_of_several_hosts_meet_over_the_network():
+    devices = [types.SimpleNamespace(id=number) for number in range(16)]
+    chip = CHIPS["h100"]
+    topology = Topology("h100:16", chip, devices, "cuda")
+    assert topology.bandwidth(devices[8:]) == chip.link_bandwidth
+    assert topology.bandwidth(devices[::8]) == chip.network_bandwidth
+
+
+def test_a_context_need_not_be_a_multiple_of_anything(capsys):
+    mesh = ["--mesh", "data=2,model=4", "--batch", "16", "--context", "501"]
+    assert plan(capsys, "demo", "--topology", "h100:8", *mesh)["fits"]
+
+
 def test_a_plan_that_cannot_fit_is_a_verdict_and_not_compiled(capsys):
     arguments = ["plan", "glm-5", "--topology", "h100:8", "--batch", "8", "--context", "4096"]
     assert main(arguments) == 0
@@ -101,7 +115,8 @@ def test_a_search_ranks_meshes_and_compiles_the_best(capsys):
         (["demo", "--topology", "h100:8", "--mesh", "data=3"], "is for 3 devices, expected 8"),
         (["demo", "--topology", "h100:8", "--mesh", "data=2,datum=4"], "is not an axis"),
         (["demo", "--topology", "h100:8", "--mesh", "data=2,data=4"], "given twice"),
-        (["demo", "--topology", "h100:8", "--batch", "9"], "does not divide"),
+        (["demo", "--topology", "h100:8", "--batch", "9"], "does not divide batch size 9"),
+        (["demo", "--topology", "h100:8", "--mesh", "data=" + "9" * 400], "is not an axis"),
         (["demo", "--topology", "h100:8", "--context", "1000000"], "--context is 1000000"),
         (["demo", "--topology", "h100:8", "--search", "--mesh", "data=8"], "expected none"),
         (["demo", "--topology", "h100:8", "--job", "train", "--dtype", "bfloat16"], "float32"),

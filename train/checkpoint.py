@@ -5,13 +5,15 @@ import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
 
 from glm5_jax.atomic import new_directory
 from glm5_jax.checkpoint import restore_checkpoint, write_model
 from glm5_jax.chunks import layout
 from glm5_jax.config import Config
 from glm5_jax.errors import InputError
+from glm5_jax.mesh import put
 from glm5_jax.params import leaf_path, leaves_by_path
 from glm5_jax.processes import is_first, on_first
 from glm5_jax.sharding import Partition
@@ -62,5 +64,6 @@ def restore(
     optimizer = jax.tree_util.tree_map_with_path(
         lambda keys, leaf: reader.restore(leaf_path(keys), leaf.sharding), template.optimizer
     )
-    step = int(directory.name.removeprefix("step-"))
-    return TrainState(jnp.int32(step), leaves_by_path(model), optimizer)
+    number = np.array(int(directory.name.removeprefix("step-")), np.int32)
+    step = put(number, partition.mesh, PartitionSpec())
+    return TrainState(step, leaves_by_path(model), optimizer)

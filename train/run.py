@@ -83,7 +83,6 @@ def train(data: Data, config: Config, run: Path, settings: Settings, partition: 
         config, objective, optimizer, settings.balance_rate, partition, remat=settings.remat
     )
     with (
-        jax.set_mesh(partition.mesh),
         on_first(lambda: (run / METRICS_NAME).open("a")) as log,
         progress(
             "train", settings.steps, TextColumn("{task.fields[shown]}"), shown="compiles"
@@ -93,7 +92,8 @@ def train(data: Data, config: Config, run: Path, settings: Settings, partition: 
         while (number := int(state.step)) < settings.steps:
             began = time.perf_counter()
             batch = rows.batch(number, settings.batch_size, settings.seed)
-            state, metrics = step(state, *batch)
+            with jax.set_mesh(partition.mesh):
+                state, metrics = step(state, *batch)
             record = make_record(number + 1, metrics, float(rate(number)))
             seconds = time.perf_counter() - began
             record["tokens_per_second"] = round(batch.tokens_BT.size / seconds, 1)

@@ -60,7 +60,9 @@ class Generator:
         """
         self.config = model.config
         self._partition = partition or on_one_device()
-        self._model = for_decoding(self._partition.place(model, Glm5(self.config)))
+        self._model = self._partition.place(model, Glm5(self.config))
+        if self._partition.platform == "cpu":
+            self._model = for_decoding(self._model)
         self._stop = stop
         self._dtype = model.embedding.dtype
         self._steps = compiled_steps(
@@ -90,10 +92,10 @@ class Generator:
         if not prompts:
             return
         # Shards are equal: rows that make up the batch, and slots the capacity, stay empty.
-        batch = self._padded(len(prompts), BATCH)
+        batch = _rounded(len(prompts), self._partition, BATCH)
         number_B = np.arange(first_number, first_number + batch)
         temperature = np.float32(min(sampling.temperature, _HOTTEST))
-        capacity = self._padded(_bucket(max(map(len, prompts)) + max_new_tokens), (MODEL,))
+        capacity = capacity_for(max(map(len, prompts)) + max_new_tokens, self._partition)
         state = empty_state(self.config, self._partition, batch, capacity, self._dtype)
         state = self._prefill(prompts, state)
         running = np.arange(batch) < len(prompts)
@@ -126,11 +128,6 @@ class Generator:
             tokens[event.prompt].append(event.token)
             reasons[event.prompt] = event.finish_reason or ""
         return [Completion(*pair) for pair in zip(tokens, reasons, strict=True)]
-
-    def _padded(self, size: int, axes: Axes) -> int:
-        """The size rounded up to a multiple of what the axes of the mesh divide it into."""
-        shards = math.prod(self._partition.mesh.shape[axis] for axis in axes)
-        return -(-size // shards) * shards
 
     def _prefill(self, prompts: Sequence[Sequence[int]], state: State) -> State:
         """Reads prompts of any lengths."""
@@ -169,6 +166,17 @@ def check_prompt(
             f"{name} has {len(prompt)} tokens and with {max_new_tokens} new ones needs a context "
             f"of {needed}, expected at most {most}"
         )
+
+
+def capacity_for(length: int, partition: Partition) -> int:
+    """The slots of a cache for that many tokens of a row."""
+    return _rounded(_bucket(length), partition, (MODEL,))
+
+
+def _rounded(size: int, partition: Partition, axes: Axes) -> int:
+    """The size rounded up to a multiple of what the axes of the mesh divide it into."""
+    shards = math.prod(partition.mesh.shape[axis] for axis in axes)
+    return -(-size // shards) * shards
 
 
 def _bucket(length: int) -> int:

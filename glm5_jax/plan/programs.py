@@ -12,9 +12,9 @@ from glm5_jax.collectives import BATCH
 from glm5_jax.config import Config
 from glm5_jax.errors import InputError
 from glm5_jax.experts import BLOCK_LOOP, expected_blocks
-from glm5_jax.inference.generate import PREFILL_LENGTH
+from glm5_jax.inference.generate import PREFILL_LENGTH, capacity_for
 from glm5_jax.inference.steps import abstract_state, compiled_steps
-from glm5_jax.model import Glm5, for_decoding
+from glm5_jax.model import Glm5
 from glm5_jax.params import abstract
 from glm5_jax.sharding import DECODE, Partition, Rules
 
@@ -96,12 +96,9 @@ def _prefill(config: Config, partition: Partition, work: Work) -> Program:
 def _read(config: Config, partition: Partition, work: Work, length: int) -> Program:
     dtype = jnp.dtype(work.dtype or config.dtype)
     blueprint = Glm5(config)
-    weights = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(for_decoding, abstract(blueprint, dtype)),
-        partition.shardings(blueprint),
-    )
-    state = abstract_state(config, partition, work.batch, work.context, dtype)
+    weights = abstract(blueprint, dtype, partition.sharding)
+    capacity = capacity_for(work.context, partition)
+    state = abstract_state(config, partition, work.batch, capacity, dtype)
     tokens_BT = jax.ShapeDtypeStruct((work.batch, length), jnp.int32)
     count_B = jax.ShapeDtypeStruct((work.batch,), jnp.int32)
     return Program(

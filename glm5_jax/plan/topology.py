@@ -42,7 +42,7 @@ class Topology(NamedTuple):
         """
         chip = self.chip.per_device
         if self.platform != "tpu":
-            is_near = len(group) <= _GPUS_PER_HOST
+            is_near = len({device.id // _GPUS_PER_HOST for device in group}) == 1
             return chip.link_bandwidth if is_near else chip.network_bandwidth
         spanned = sum(
             len(set(places)) > 1 for places in zip(*(d.coords for d in group), strict=True)
