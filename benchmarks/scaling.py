@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.output import write_results
-from glm5_jax.mesh import choose_mesh, format_mesh
+from glm5_jax.mesh import format_mesh
 from glm5_jax.model import Glm5
 from glm5_jax.plan.programs import Work, find_job
 from glm5_jax.plan.report import Plan, compile_plan, estimate
 from glm5_jax.plan.table import verdict
 from glm5_jax.plan.topology import find_topology
 from glm5_jax.presets import load_preset
-from glm5_jax.sharding import TRAIN, require_divisible
+from glm5_jax.sharding import mesh_sizes
 
 _TOPOLOGIES = ("2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 _WORK = {"decode": Work(256, 32768, None), "train": Work(512, 4096, None)}
@@ -28,12 +28,7 @@ def plan(preset: str, job_name: str, chip: str, layout: str, *, compiles: bool) 
     """The plan for one number of chips, on the mesh that `auto` stands for."""
     config, job, work = load_preset(preset).config, find_job(job_name), _WORK[job_name]
     topology = find_topology(f"{chip}:{layout}")
-    blueprint = Glm5(config)
-    sizes = choose_mesh(
-        len(topology.devices),
-        "train" if job.rules is TRAIN else "run",
-        lambda sizes: require_divisible(blueprint, job.rules, sizes, work.batch),
-    )
+    sizes = mesh_sizes("auto", len(topology.devices), Glm5(config), job.rules, work.batch)
     found, traced = estimate(config, job, topology, sizes, work)
     if compiles and found.fits is None:
         found = compile_plan(found, traced, topology)

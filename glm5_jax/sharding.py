@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glm5_jax.collectives import BATCH, EXPERT, MODEL, Axes, gathered
 from glm5_jax.errors import InputError
-from glm5_jax.mesh import single_device
+from glm5_jax.mesh import Sizes, choose_mesh, parse_mesh, single_device
 from glm5_jax.params import ParamSpec, is_spec, map_specs
 
 Tree = TypeVar("Tree")
@@ -116,6 +116,10 @@ class Partition:
         """The kind of device: cpu, gpu or tpu."""
         return str(self.mesh.devices.flat[0].platform)
 
+    def num_shards(self, axes: Axes) -> int:
+        """Into how many shards the axes divide what they shard."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
     def specs(self, blueprint: Tree) -> Tree:
         """The mesh axes that divide each weight."""
         return map_specs(lambda _, weight: self.rules.spec(weight), blueprint)
@@ -204,6 +208,23 @@ def require_divisible(
 
     map_specs(check_weight, blueprint)
     check("batch size", batch, BATCH)
+
+
+def mesh_sizes(text: str, num_devices: int, blueprint: Any, rules: Rules, batch: int = 0) -> Sizes:
+    """The mesh that `--mesh` names, or a sensible one where that is `auto`.
+
+    Raises:
+      InputError: it is not for that many devices, or does not divide weights and batch evenly.
+    """
+
+    def check(sizes: Sizes) -> None:
+        require_divisible(blueprint, rules, sizes, batch)
+
+    if text == "auto":
+        return choose_mesh(num_devices, "train" if rules is TRAIN else "run", check)
+    sizes = parse_mesh(text, num_devices)
+    check(sizes)
+    return sizes
 
 
 def _nearest_divisors(size: int, wanted: int) -> str:

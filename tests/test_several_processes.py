@@ -12,6 +12,7 @@ from glm5_jax.inference.generate import Generator
 from glm5_jax.inference.sampling import Sampling
 from glm5_jax.params import leaves_by_path
 from tests import test_sharded as sharded
+from tests.text import prepare_data
 from tests.tiny import random_weights, write_published
 from tests.together import run_together
 from train.__main__ import main as glm5_train
@@ -102,12 +103,7 @@ def test_scores_are_written_once_and_are_those_of_one_process(published, tmp_pat
 def workplace(tmp_path_factory):
     """A folder with prepared data and a config."""
     folder = tmp_path_factory.mktemp("work")
-    (folder / "text").mkdir()
-    for number in range(40):
-        text = f"def f{number}(x):\n    return x + {number}\n" * 12
-        (folder / "text" / f"{number}.py").write_text(text)
-    options = ["--text", str(folder / "text"), "--vocab-size", "300", "--held-out", "0.2"]
-    assert glm5_train(["prepare", str(folder / "data"), *options]) == 0
+    prepare_data(folder)
     (folder / "config.json").write_text(json.dumps(RAW))
     return folder
 

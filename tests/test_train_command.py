@@ -12,6 +12,7 @@ from glm5_jax.model import Glm5, forward, logits
 from glm5_jax.params import leaves_by_path
 from glm5_jax.places import Places
 from glm5_jax.sharding import on_one_device
+from tests.text import prepare_data
 from tests.tiny import SHARED
 from train.__main__ import main
 from train.data import Data
@@ -32,12 +33,7 @@ pytestmark = pytest.mark.standard_promotion
 def workplace(tmp_path_factory):
     """A folder with text, prepared data and a config."""
     folder = tmp_path_factory.mktemp("work")
-    (folder / "text").mkdir()
-    for number in range(40):
-        text = f"def f{number}(x):\n    return x + {number}\n" * 12
-        (folder / "text" / f"{number}.py").write_text(text)
-    options = ["--text", str(folder / "text"), "--vocab-size", "300", "--held-out", "0.2"]
-    assert main(["prepare", str(folder / "data"), *options]) == 0
+    prepare_data(folder)
     variants = {"config": {}, "no_mtp": {"num_nextn_predict_layers": 0}}
     variants |= {"small": {"vocab_size": 200}, "short": {"max_position_embeddings": 16}}
     for name, changes in variants.items():

@@ -1,6 +1,7 @@
 """AdamW with warm-up and decay, and the rule that balances the experts."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import optax
 
 from glm5_jax.params import ParamSpec
 from train.loss import Loads, Objective
+from train.settings import Settings
 
 Params = dict[str, jax.Array]  # weights by path
 
@@ -21,6 +23,31 @@ def learning_rate(peak: float, final: float, warmup_steps: int, steps: int) -> o
         decay_steps=max(steps, warmup_steps + 1),
         end_value=final,
     )
+
+
+class Recipe(NamedTuple):
+    """How a run learns."""
+
+    objective: Objective
+    rate: optax.Schedule
+    optimizer: optax.GradientTransformation
+
+
+def make_recipe(specs: Mapping[str, ParamSpec], settings: Settings) -> Recipe:
+    """What settings say of how to learn the given weights."""
+    objective = Objective(
+        mtp_depth=settings.mtp_depth,
+        mtp_weight=settings.mtp_weight,
+        index_weight=settings.index_weight,
+    )
+    rate = learning_rate(
+        settings.learning_rate,
+        settings.final_learning_rate,
+        settings.warmup_steps,
+        settings.steps,
+    )
+    optimizer = make_optimizer(specs, objective, rate, settings.weight_decay, settings.clip)
+    return Recipe(objective, rate, optimizer)
 
 
 def make_optimizer(

@@ -9,8 +9,7 @@ from glm5_jax.model import Glm5
 from glm5_jax.params import leaves_by_path
 from glm5_jax.plan.programs import Job, Program, Work, loop_trips
 from glm5_jax.sharding import TRAIN, Partition
-from train.loss import Objective
-from train.optimizer import learning_rate, make_optimizer
+from train.optimizer import make_recipe
 from train.settings import Settings
 from train.state import abstract_state
 from train.step import make_step
@@ -20,15 +19,8 @@ def program(config: Config, partition: Partition, work: Work) -> Program:
     """A step of `glm5-train run` with its default settings, layers rematerialised."""
     if work.dtype not in (None, "float32"):
         raise InputError(f"--dtype is {work.dtype}, expected float32, which training computes in")
-    settings = Settings()
-    objective = Objective(
-        mtp_depth=settings.mtp_depth if config.num_mtp_layers else 0,
-        mtp_weight=settings.mtp_weight,
-        index_weight=settings.index_weight,
-    )
-    rate = learning_rate(settings.learning_rate, settings.final_learning_rate, 1, 2)
-    specs = leaves_by_path(Glm5(config))
-    optimizer = make_optimizer(specs, objective, rate, settings.weight_decay, settings.clip)
+    settings = Settings(mtp_depth=min(Settings.mtp_depth, config.num_mtp_layers))
+    objective, _, optimizer = make_recipe(leaves_by_path(Glm5(config)), settings)
     state = abstract_state(config, optimizer, partition)
     rows_BT = jax.ShapeDtypeStruct((work.batch, work.context), jnp.int32)
     num_tokens = work.batch * work.context
@@ -37,7 +29,6 @@ def program(config: Config, partition: Partition, work: Work) -> Program:
         (state, rows_BT, rows_BT),
         {"weights": state.params, "optimizer": state.optimizer},
         num_tokens,
-        "float32",
         loop_trips(config, partition, num_tokens),
     )
 

@@ -24,7 +24,6 @@ from glm5_jax.strict_json import read_json
 from train import checkpoint
 from train.data import Data
 from train.evaluation import Evaluation
-from train.loss import Objective
 from train.metrics import (
     METRICS_NAME,
     forget_later_steps,
@@ -33,7 +32,7 @@ from train.metrics import (
     summary,
     to_line,
 )
-from train.optimizer import learning_rate, make_optimizer
+from train.optimizer import make_recipe
 from train.settings import Settings
 from train.state import TrainState, abstract_state, start
 from train.step import make_step
@@ -61,18 +60,7 @@ def train(data: Data, config: Config, run: Path, settings: Settings, partition: 
     require_divisible(specs, partition.rules, partition.mesh.shape, settings.batch_size)
     evaluation = Evaluation(data, config, settings, partition)
     config = dataclasses.replace(config, eos_ids=(data.end_id,), pad_id=data.end_id)
-    rate = learning_rate(
-        settings.learning_rate,
-        settings.final_learning_rate,
-        settings.warmup_steps,
-        settings.steps,
-    )
-    objective = Objective(
-        mtp_depth=settings.mtp_depth,
-        mtp_weight=settings.mtp_weight,
-        index_weight=settings.index_weight,
-    )
-    optimizer = make_optimizer(specs, objective, rate, settings.weight_decay, settings.clip)
+    objective, rate, optimizer = make_recipe(specs, settings)
     if is_first():
         _claim(run, config, settings)
     newest = _newest_checkpoint(run, data, config)

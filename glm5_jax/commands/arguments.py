@@ -107,20 +107,12 @@ def partition_for(config: "Config", mesh: str, job: "Job", batch: int = 0) -> "P
     """
     import jax
 
-    from glm5_jax.mesh import choose_mesh, make_mesh, parse_mesh
+    from glm5_jax.mesh import make_mesh
     from glm5_jax.model import Glm5
-    from glm5_jax.sharding import DECODE, TRAIN, Partition, require_divisible
+    from glm5_jax.sharding import DECODE, TRAIN, Partition, mesh_sizes
 
-    blueprint, rules = Glm5(config), DECODE if job == "run" else TRAIN
-
-    num_devices = jax.device_count()
-    if mesh == "auto":
-        sizes = choose_mesh(
-            num_devices, job, lambda sizes: require_divisible(blueprint, rules, sizes, batch)
-        )
-    else:
-        sizes = parse_mesh(mesh, num_devices)
-        require_divisible(blueprint, rules, sizes, batch)
+    rules = DECODE if job == "run" else TRAIN
+    sizes = mesh_sizes(mesh, jax.device_count(), Glm5(config), rules, batch)
     return Partition(make_mesh(sizes), rules)
 
 

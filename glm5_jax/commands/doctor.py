@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from glm5_jax.commands.arguments import integer
+from glm5_jax.commands.arguments import add_mesh, integer
 from glm5_jax.console import add_command
 from glm5_jax.processes import add_processes, one_program
 
@@ -19,12 +19,7 @@ def add(commands: Any) -> None:
         "Each finding is ok, a note or a problem, with what to do about it. The exit status is 1\n"
         "if there is a problem. With several processes, each looks at its own machine.",
     )
-    command.add_argument(
-        "--mesh",
-        default="auto",
-        metavar="data=D,expert=E,model=M",
-        help="the mesh of devices whose axes are tried",
-    )
+    add_mesh(command)
     command.add_argument(
         "--timeout",
         type=integer(1, 10**6),

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from glm5_jax.commands.arguments import integer, read_config_of
+from glm5_jax.commands.arguments import add_mesh, integer, read_config_of
 from glm5_jax.console import add_command, notice, progress
 from glm5_jax.errors import InputError
 
@@ -37,12 +37,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--topology", required=True, metavar="CHIP:AxB", help="such as v6e:16x16 or v5p:8x8x8"
     )
-    command.add_argument(
-        "--mesh",
-        default="auto",
-        metavar="data=D,expert=E,model=M",
-        help="how devices divide the work",
-    )
+    add_mesh(command)
     command.add_argument("--job", default="decode", help="decode, prefill or train")
     command.add_argument(
         "--batch", type=integer(1), metavar="N", help="rows (default: 256, 64 or 1024 by job)"
@@ -108,21 +103,13 @@ def _run(args: argparse.Namespace) -> int:
 def _plan_one(
     args: argparse.Namespace, config: "Config", job: "Job", topology: "Topology", work: "Work"
 ) -> "list[Plan]":
-    from glm5_jax.mesh import choose_mesh, format_mesh, parse_mesh
+    from glm5_jax.mesh import format_mesh
     from glm5_jax.model import Glm5
     from glm5_jax.plan.report import compile_plan, estimate
-    from glm5_jax.sharding import TRAIN, require_divisible
+    from glm5_jax.sharding import mesh_sizes
 
     count = len(topology.devices)
-    if args.mesh == "auto":
-        blueprint = Glm5(config)
-        sizes = choose_mesh(
-            count,
-            "train" if job.rules is TRAIN else "run",
-            lambda sizes: require_divisible(blueprint, job.rules, sizes, work.batch),
-        )
-    else:
-        sizes = parse_mesh(args.mesh, count)
+    sizes = mesh_sizes(args.mesh, count, Glm5(config), job.rules, work.batch)
     plan, traced = estimate(config, job, topology, sizes, work)
     if plan.fits is False:
         notice("the arguments alone do not fit: nothing is compiled")

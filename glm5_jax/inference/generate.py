@@ -1,6 +1,5 @@
 """Generating text: prefill in portions, then one token at a time for all rows of a batch."""
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -175,7 +174,7 @@ def capacity_for(length: int, partition: Partition) -> int:
 
 def _rounded(size: int, partition: Partition, axes: Axes) -> int:
     """The size rounded up to a multiple of what the axes of the mesh divide it into."""
-    shards = math.prod(partition.mesh.shape[axis] for axis in axes)
+    shards = partition.num_shards(axes)
     return -(-size // shards) * shards
 
 

@@ -1,7 +1,6 @@
 """Scoring given tokens: logits, log-probabilities and predictions further ahead."""
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 
 import jax
@@ -71,7 +70,7 @@ def score(
     partition = partition or on_one_device()
     model = partition.place(model, Glm5(model.config))
     compute = _compiled_score(model.config, partition, depth)
-    together = math.prod(partition.mesh.shape[axis] for axis in BATCH)
+    together = partition.num_shards(BATCH)
     length = tokens_BT.shape[1]
     for first in range(0, len(tokens_BT), together):
         part_BT = tokens_BT[first : first + together]

@@ -1,7 +1,6 @@
 """The steps that plans are made of: the same functions that run, with shapes for arguments."""
 
 import importlib.metadata
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -37,7 +36,6 @@ class Program(NamedTuple):
     arguments: tuple[Any, ...]  # shapes, with shardings
     parts: Mapping[str, Any]  # the arguments that memory goes to, by what they are
     tokens: int  # that the step deals with, on all devices
-    dtype: str
     loop_trips: Mapping[str, float]
 
 
@@ -76,10 +74,9 @@ def loop_trips(config: Config, partition: Partition, num_tokens: int) -> dict[st
     Args:
       num_tokens: of all devices, in one pass.
     """
-    sizes, axes = partition.mesh.shape, partition.rules.axes["experts"]
-    meeting = num_tokens // math.prod(sizes[axis] for axis in BATCH if axis not in axes)
-    moe = config.moe
-    kept = moe.num_experts // math.prod(sizes[axis] for axis in axes)
+    moe, axes = config.moe, partition.rules.axes["experts"]
+    meeting = num_tokens // partition.num_shards(tuple(set(BATCH) - set(axes)))
+    kept = moe.num_experts // partition.num_shards(axes)
     return {BLOCK_LOOP: expected_blocks(meeting * moe.experts_per_token, moe.num_experts, kept)}
 
 
@@ -106,6 +103,5 @@ def _read(config: Config, partition: Partition, work: Work, length: int) -> Prog
         (weights, state, tokens_BT, count_B),
         {"weights": weights, "cache": state.cache},
         work.batch * length,
-        dtype.name,
         loop_trips(config, partition, work.batch * length),
     )

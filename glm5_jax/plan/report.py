@@ -49,7 +49,7 @@ class Plan:
     costs: Costs
     seconds: Mapping[str, float]  # by what it is bound by
     tokens_per_second: float
-    compiled: Mapping[str, Any] | None = None  # temporaries, peak, seconds; None if not compiled
+    compiled: Mapping[str, Any] | None = None  # peak, fits, reason, seconds; None if not compiled
 
     @property
     def arguments(self) -> float:
