@@ -9,7 +9,8 @@ Arrays of activations end in their axes, `x_BTD`; capitals are logical axes, the
     I  index heads                     J  index head dim      K  chosen tokens, or chosen experts
     E  experts                         F  feed-forward width  L  layers of a segment slot
     G  blocks of rows of one expert    M  rows of a block     P  pairs that rotate
-    Z  vocabulary
+    Z  vocabulary                      W  pages of a row      Y  pages of a pool
+    U  slots of a page
 
 The names below are the public interface; they are loaded when first used, so that commands can
 answer `--help` without loading JAX.
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
     from glm5_jax.checkpoint import save_checkpoint as save_checkpoint
     from glm5_jax.config import Config as Config
     from glm5_jax.errors import InputError as InputError
+    from glm5_jax.inference.engine import Engine as Engine
     from glm5_jax.inference.generate import Generator as Generator
-    from glm5_jax.inference.sampling import Sampling as Sampling
+    from glm5_jax.inference.request import Request as Request
+    from glm5_jax.inference.request import Sampling as Sampling
     from glm5_jax.load import load_model as load_model
     from glm5_jax.model import Glm5 as Glm5
     from glm5_jax.model import forward as forward
@@ -38,12 +41,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Config": "config",
+    "Engine": "inference.engine",
     "Generator": "inference.generate",
     "Glm5": "model",
     "InputError": "errors",
     "KVCache": "cache",
     "Places": "places",
-    "Sampling": "inference.sampling",
+    "Request": "inference.request",
+    "Sampling": "inference.request",
     "abstract": "params",
     "forward": "model",
     "initialize": "params",

@@ -97,8 +97,9 @@ class Attention(nnx.Module):
           summed over all heads, in the shape of `Selection.log_share`.
         """
         batch, num_queries, num_heads, _ = queries.nope_BTNH.shape
-        divided, mass = rows.are_divided, None
-        form = cheapest_form(self.config, num_queries, rows.num_slots, selection.topk, divided)
+        slots, mass = rows.slots, None
+        divided = slots.are_divided
+        form = cheapest_form(self.config, num_queries, slots.held, selection.topk, divided)
         if form == "expanded":
             attend_block = self._expanded(rows, key_places)
             asked: Any = queries
@@ -108,7 +109,7 @@ class Attention(nnx.Module):
         if divided:
             num_heads = self.config.num_heads
             asked = jax.tree.map(lambda part: gathered(part, rows.axes, dim=2), asked)
-            selection = selection.held(rows.first_slot, rows.num_slots)
+            selection = selection.held(slots)
 
         def attend_part(asked: Any, places: Places, selection: Selection) -> Attended:
             values, mass, log_total_BTN = attend_block(asked, places, selection)
@@ -116,7 +117,7 @@ class Attention(nnx.Module):
                 mass = jnp.take_along_axis(mass, selection.index_BTK, axis=-1)
             return Attended(values, mass if with_mass else None, log_total_BTN)
 
-        num_keys, per_key = rows.num_slots, 2 * num_heads
+        num_keys, per_key = slots.held, 2 * num_heads
         if form == "gathered" and selection.topk is not None:
             num_keys, per_key = selection.topk, self.config.row_dim + 2 * num_heads
         length = block_length(bytes_per_query=4 * batch * num_keys * per_key)

@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from glm5_jax.attention import Attention
-from glm5_jax.cache import Rows
+from glm5_jax.cache import LayerCache, Rows
 from glm5_jax.collectives import MODEL, share, spread, total
 from glm5_jax.config import Config
 from glm5_jax.experts import Experts
@@ -28,6 +28,11 @@ class Memory(NamedTuple):
     rows: Rows
     index_keys: Rows | None
 
+    def stacks(self) -> LayerCache:
+        """What is kept of it in the cache."""
+        keys = self.index_keys
+        return LayerCache(self.rows.stack_LYUA, None if keys is None else keys.stack_LYUA)
+
 
 class Setting(NamedTuple):
     """What is the same for every layer of a pass."""
@@ -39,6 +44,7 @@ class Setting(NamedTuple):
     counted_BT: jax.Array  # True for queries that count in reports
     teach_indexers: bool  # whether to report how far they are from the attention paid
     rules: Rules  # where weights are kept
+    selects: bool = True  # whether indexers are asked, or all layers attend to what is given
 
 
 class Report(NamedTuple):
@@ -74,7 +80,7 @@ class Block(nnx.Module):
         Args:
           experts: the list that holds the layer's routed experts, from `first_expert` on.
           memory: of the tokens before these; None in a pass without a cache.
-          selection: of the layer before; used if this layer has no indexer.
+          selection: of the layer before; used if this layer asks no indexer.
 
         Returns:
           BTD; the memory with these tokens in it; and a report, whose selection the next layer may
@@ -88,13 +94,9 @@ class Block(nnx.Module):
             self.attention.rows(normed_BTD, turn),
             setting.slot_BT,
         )
-        index_keys = None
-        if self.indexer is not None:
-            index_keys = _remember(
-                None if memory is None else memory.index_keys,
-                self.indexer.keys(normed_BTD, turn),
-                setting.slot_BT,
-            )
+        index_keys = None if memory is None else memory.index_keys
+        if self.indexer is not None and setting.selects:
+            index_keys = _remember(index_keys, self.indexer.keys(normed_BTD, turn), setting.slot_BT)
             selection = self.indexer.select(
                 normed_BTD, latent_BTQ, index_keys, turn, queries_at, keys_at
             )

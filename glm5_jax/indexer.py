@@ -1,5 +1,7 @@
 """The lightning indexer of DeepSeek sparse attention: which tokens each query attends to."""
 
+import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -7,7 +9,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from glm5_jax.cache import Rows
-from glm5_jax.collectives import MODEL, alike, exchanged, gathered, joined, padded, share
+from glm5_jax.collectives import (
+    MODEL,
+    alike,
+    exchanged,
+    gathered,
+    joined,
+    num_shards,
+    padded,
+    platform,
+    share,
+)
 from glm5_jax.config import Config
 from glm5_jax.linear import product_f32, project
 from glm5_jax.norm import layer_norm
@@ -21,6 +33,9 @@ _KEY_NORM_EPS = 1e-6  # of every published model; not in the config
 _HIDDEN = float(jnp.finfo(jnp.float32).min)  # finite, lest a query that sees nothing yield NaN
 # Up to here a product over all heads is small, and faster than reading the keys once per head.
 _FEW_QUERIES = 8
+_GATHERED_BYTES = 2**19  # of keys from pages at a time, on a CPU
+# Names the loop over pages in traces: how often it runs depends on how long the rows are.
+PAGE_LOOP = "index_pages"
 
 
 class Indexer(nnx.Module):
@@ -75,24 +90,31 @@ class Indexer(nnx.Module):
         On a mesh each device does this for its share of the queries, or, where the slots are
         divided, for all queries among the slots it holds; then the best of these are chosen.
         """
-        if keys.all_slots <= self.config.topk:
+        slots = keys.slots
+        if slots.everywhere <= self.config.topk:
             return Selection()
         # Selecting is not differentiable: the indexer learns from what it expects (`log_share`).
         x_BTD, latent_BTQ = jax.lax.stop_gradient((x_BTD, latent_BTQ))
-        keys_BSJ = jax.lax.stop_gradient(keys.all())
-        most = min(self.config.topk, keys.num_slots)
+        keys = jax.lax.stop_gradient(keys)
+        most = min(self.config.topk, slots.held)
+        num_pages = _pages_at_once(keys, x_BTD.shape[1])
+        keys_BSJ = keys.all() if num_pages is None else None
 
         def propose(query_BTIJ: jax.Array, gate_BTI: jax.Array, places: Places) -> Candidates:
-            scores_BTS = index_scores(query_BTIJ, keys_BSJ, gate_BTI)
+            if keys_BSJ is not None:
+                scores_BTS = index_scores(query_BTIJ, keys_BSJ, gate_BTI)
+            else:
+                end = jnp.max(places.position_BT) + 1
+                scores_BTS = _scores_by_page(query_BTIJ, keys, gate_BTI, num_pages, end)
             masked_BTS = jnp.where(visible(places, key_places), scores_BTS, -jnp.inf)
             return Candidates(*jax.lax.top_k(masked_BTS, most))
 
         batch, num_queries, _ = x_BTD.shape
-        length = block_length(bytes_per_query=3 * 4 * batch * keys.num_slots)
-        if keys.are_divided:
+        length = block_length(bytes_per_query=3 * 4 * batch * slots.held)
+        if slots.are_divided:
             query_BTIJ = gathered(self.queries(latent_BTQ, turn), (MODEL,), 2)
             found = map_queries(propose, length, query_BTIJ, self.gates(x_BTD), query_places)
-            found = found._replace(index_BTK=found.index_BTK + keys.first_slot)
+            found = found._replace(index_BTK=slots.position(found.index_BTK))
             found = _best_of_all_shards(found, self.config.topk)
         else:
             found = map_queries(
@@ -127,8 +149,9 @@ class Indexer(nnx.Module):
         """
         x_BTD, latent_BTQ = jax.lax.stop_gradient((x_BTD, latent_BTQ))
         keys = Rows.of(self.keys(x_BTD, turn))
-        topk, num_heads = selection.topk or keys.num_slots, self.config.num_heads
-        gathers = topk * GATHER_COST < keys.num_slots
+        num_tokens, num_heads = keys.slots.held, self.config.num_heads
+        topk = selection.topk or num_tokens
+        gathers = topk * GATHER_COST < num_tokens
 
         def share_block(
             query_BTIJ: jax.Array, gate_BTI: jax.Array, part: Places, selection: Selection
@@ -143,7 +166,7 @@ class Indexer(nnx.Module):
                 scores = jnp.take_along_axis(scores_BTS, index_BTK, axis=-1)
             return jax.nn.log_softmax(jnp.where(seen, scores, _HIDDEN), axis=-1)
 
-        per_query = topk * self.config.head_dim if gathers else keys.num_slots * num_heads
+        per_query = topk * self.config.head_dim if gathers else num_tokens * num_heads
         length = block_length(bytes_per_query=2 * 4 * x_BTD.shape[0] * per_query)
         selection = jax.tree.map(lambda leaf_BTK: share(leaf_BTK, (MODEL,), 1), selection)
         queries = self._shared(x_BTD, latent_BTQ, turn, places)
@@ -151,7 +174,7 @@ class Indexer(nnx.Module):
 
 
 class Candidates(NamedTuple):
-    """Tokens of highest score among some: the highest first, of equals the lowest slot."""
+    """Tokens of highest score among some: the highest first, of equals the lowest position."""
 
     score_BTK: jax.Array
     index_BTK: jax.Array
@@ -160,7 +183,7 @@ class Candidates(NamedTuple):
 def _best_of_all_shards(found: Candidates, topk: int) -> Candidates:
     """The best of the shards' candidates; each device settles this for its share of the queries.
 
-    Shards follow each other in the order of their slots, so the lowest slot still wins.
+    Shards take turns along a sequence, so among equal scores the lowest position is sought.
     """
     batch, num_queries, _ = found.index_BTK.shape
 
@@ -168,9 +191,9 @@ def _best_of_all_shards(found: Candidates, topk: int) -> Candidates:
         by_query = padded(part_BTK.reshape(batch * num_queries, -1), (MODEL,), 0)
         return exchanged(by_query, (MODEL,), split=0, join=1)
 
-    scores, indices = map(assemble, found)
-    highest, position = jax.lax.top_k(scores, topk)
-    chosen = (highest, jnp.take_along_axis(indices, position, axis=1))
+    scores, positions = map(assemble, found)
+    falling, positions = jax.lax.sort((-scores, positions), num_keys=2)
+    chosen = (-falling[:, :topk], positions[:, :topk])
     return Candidates(
         *(
             joined(part, (MODEL,), 0, batch * num_queries).reshape(batch, num_queries, topk)
@@ -190,6 +213,46 @@ def index_scores(query_BTIJ: jax.Array, keys_BSJ: jax.Array, gate_BTI: jax.Array
     if query_BTIJ.shape[1] <= _FEW_QUERIES:
         return _scores_at_once(query_BTIJ, keys_BSJ, gate_BTI)
     return _scores_by_head(query_BTIJ, keys_BSJ, gate_BTI)
+
+
+def _pages_at_once(keys: Rows, num_queries: int) -> int | None:
+    """How many pages of each row to score together; None for all, gathered once.
+
+    On a CPU what is gathered for a few queries should not leave the cache before it is used: that
+    takes two to four times as long at 64k tokens.
+    """
+    if keys.page_BW is None or num_queries > _FEW_QUERIES or platform() != "cpu":
+        return None
+    page_bytes = math.prod(keys.stack_LYUA.shape[2:]) * keys.dtype.itemsize
+    batch, width = keys.page_BW.shape
+    return pages_of_block(batch, width, page_bytes)
+
+
+def pages_of_block(batch: int, width: int, page_bytes: int) -> int:
+    """How many of `width` pages of each row are scored at a time on a CPU."""
+    most = max(1, _GATHERED_BYTES // (batch * page_bytes))
+    return math.gcd(width, 1 << (most.bit_length() - 1))
+
+
+def _scores_by_page(
+    query_BTIJ: jax.Array, keys: Rows, gate_BTI: jax.Array, num_pages: int | None, end: jax.Array
+) -> jax.Array:
+    """`index_scores` of the slots before a position; others get 0."""
+    assert keys.page_BW is not None and num_pages is not None
+    page_BW, slots = keys.page_BW, keys.slots
+    block = num_pages * slots.page_part
+
+    def score_block(number: jax.Array, scores_BTS: jax.Array) -> jax.Array:
+        pages = jax.lax.dynamic_slice_in_dim(page_BW, number * num_pages, num_pages, 1)
+        keys_BSJ = dataclasses.replace(keys, page_BW=pages).all()
+        part_BTS = index_scores(query_BTIJ, keys_BSJ, gate_BTI)
+        return jax.lax.dynamic_update_slice_in_dim(scores_BTS, part_BTS, number * block, 2)
+
+    nothing_BTS = jnp.zeros((*gate_BTI.shape[:2], slots.held), jnp.float32)
+    nothing_BTS = alike(nothing_BTS, query_BTIJ, gate_BTI, keys)[0]
+    num_blocks = -(-end // (block * num_shards(keys.axes)))
+    with jax.named_scope(PAGE_LOOP):
+        return jax.lax.fori_loop(0, num_blocks, score_block, nothing_BTS)
 
 
 def _scores_at_once(query_BTIJ: jax.Array, keys_BSJ: jax.Array, gate_BTI: jax.Array) -> jax.Array:

@@ -66,7 +66,7 @@ def describe(config: Config) -> dict[str, Any]:
             spec.size * leaf_dtype(spec, config.dtype).itemsize for spec in leaves.values()
         ),
         "cache bytes per token": sum(
-            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.segments)
+            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.pools)
         ),
     }
 

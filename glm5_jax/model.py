@@ -1,5 +1,6 @@
 """GLM-5: embedding, segments of layers, final norm and head."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -7,9 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from glm5_jax.bits import as_bits
-from glm5_jax.block import Report, Setting
+from glm5_jax.block import Memory, Report, Setting
 from glm5_jax.cache import KVCache, LayerCache
-from glm5_jax.collectives import MODEL, num_shards
 from glm5_jax.config import Config
 from glm5_jax.mtp import Mtp
 from glm5_jax.norm import rms_norm
@@ -95,14 +95,14 @@ def forward(
     setting = Setting(
         query_places=places,
         key_places=places if cache is None else cache.key_places(),
-        slot_BT=None if cache is None else cache.slots(places),
+        slot_BT=None if cache is None else cache.write_slots(places),
         turn=rotation(places.position_BT, config.mla.rope_dim, config.rope_theta),
         counted_BT=places.real_BT,
         teach_indexers=teach_indexers,
         rules=rules,
     )
     batch, length = tokens_BT.shape
-    num_slots = length if cache is None else cache.num_slots * num_shards((MODEL,))
+    num_slots = length if cache is None else cache.slots.everywhere
     selection = Selection.nothing(
         batch, length, num_slots, config.indexer.topk, with_share=teach_indexers
     )
@@ -116,9 +116,10 @@ def forward(
             segment,
             x_BTD,
             selection,
-            None if cache is None else cache.segments[number],
+            None if cache is None else cache.pools.segments[number],
             setting,
             cache_dtype=x_BTD.dtype,
+            page_BW=None if cache is None else cache.page_BW,
             carry_selection=starts_shared[number] or starts_shared[number + 1],
             remat=remat,
             observe=observe,
@@ -126,7 +127,7 @@ def forward(
         segments += [] if segment_caches is None else [segment_caches]
         observed.append(seen)
     if cache is not None:
-        cache = KVCache(tuple(segments), cache.grown(places), cache.dtype)
+        cache = cache.grown(places, tuple(segments))
     hidden_BTD = rms_norm(x_BTD, model.norm, config.norm_eps)
     return Output(hidden_BTD, cache, tuple(observed))
 
@@ -178,9 +179,58 @@ def predict_ahead(
         tokens_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
         counted_BT = places.followed(distance)
         setting = Setting(places, places, None, turn, counted_BT, teach_indexers, rules)
-        hidden_BTD, report = mtp(hidden_BTD, embed(model, tokens_BT, rules), setting)
+        hidden_BTD, _, report = mtp(hidden_BTD, embed(model, tokens_BT, rules), setting)
         predictions.append((hidden_BTD, report))
     return predictions
+
+
+def read_ahead(
+    model: Glm5,
+    before_BTD: jax.Array,
+    tokens_BT: jax.Array,
+    places: Places,
+    cache: KVCache,
+    selection: Selection | None = None,
+    *,
+    rules: Rules = DECODE,
+) -> tuple[jax.Array, KVCache, Selection]:
+    """Applies the MTP layer to tokens, with a cache of its own.
+
+    Where `predict_ahead` gives a row the position of its hidden state, here it has that of its
+    token, one further: attention and indexer go by distances, so it comes to the same, and a row
+    depends on nothing beyond its position. The first token of a sequence has no row.
+
+    Args:
+      before_BTD: the hidden state of the token before each: of the main model, or of this layer.
+      places: of the tokens.
+      selection: what to attend to; chosen by the layer's indexer unless given.
+
+    Returns:
+      Hidden states, of which `logits` makes predictions of the token after each; the cache, whose
+      length stays that of the main model; and the selection.
+    """
+    if model.mtp is None or cache.pools.mtp is None:
+        raise ValueError("the model or its cache has no MTP layer")
+    config, keys_at = model.config, cache.key_places()
+    is_row_BT = places.real_BT & (places.position_BT > 0)
+    places = Places(places.position_BT, is_row_BT.astype(jnp.int32))
+    setting = Setting(
+        query_places=places,
+        key_places=Places(keys_at.position_BT, (keys_at.position_BT > 0).astype(jnp.int32)),
+        slot_BT=cache.write_slots(places),
+        turn=rotation(places.position_BT, config.mla.rope_dim, config.rope_theta),
+        counted_BT=is_row_BT,
+        teach_indexers=False,
+        rules=rules,
+        selects=selection is None,
+    )
+    memory = Memory(*cache.pools.mtp.memory(jnp.zeros((), jnp.int32), cache.dtype, cache.page_BW))
+    mtp = whole(model.mtp, Mtp(config), rules)
+    hidden_BTD, memory, report = mtp(
+        before_BTD, embed(model, tokens_BT, rules), setting, memory, selection
+    )
+    pools = cache.pools._replace(mtp=memory.stacks())
+    return hidden_BTD, dataclasses.replace(cache, pools=pools), report.selection
 
 
 def for_decoding(model: Glm5) -> Glm5:

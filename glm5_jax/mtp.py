@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from glm5_jax.block import Block, Report, Setting
+from glm5_jax.block import Block, Memory, Report, Setting
 from glm5_jax.config import Config
 from glm5_jax.experts import Experts
 from glm5_jax.linear import project
@@ -26,17 +26,24 @@ class Mtp(nnx.Module):
         self.norm = scale("norm", config.dim)
 
     def __call__(
-        self, hidden_BTD: jax.Array, embedded_BTD: jax.Array, setting: Setting
-    ) -> tuple[jax.Array, Report]:
+        self,
+        hidden_BTD: jax.Array,
+        embedded_BTD: jax.Array,
+        setting: Setting,
+        memory: Memory | None = None,
+        selection: Selection | None = None,
+    ) -> tuple[jax.Array, Memory, Report]:
         """Moves hidden states one token ahead.
 
         Args:
           hidden_BTD: of the main model after its final norm, or of this layer one depth before.
-          embedded_BTD: the embedding of the token that each row sees next. Rows keep their own
-            positions.
+          embedded_BTD: the embedding of the token that each row sees next.
+          memory: of the tokens before these; None in a pass without a cache.
+          selection: what to attend to, if the setting has no indexer asked.
 
         Returns:
-          Hidden states after the layer's own final norm, once: for the head and the next depth.
+          Hidden states after the layer's own final norm, once: for the head and the next depth; the
+          memory with these tokens in it; and the layer's report.
 
         Source: DeepSeek-V3, arXiv:2412.19437, equations 21 to 23. The published weights take the
         embedding first and the hidden state second, unlike equation 21.
@@ -47,7 +54,8 @@ class Mtp(nnx.Module):
         )
         joined_BTD = project("BTJ,DJ->BTD", jnp.concatenate(parts, axis=-1), self.join)
         first_expert = jnp.zeros((), jnp.int32)
-        out_BTD, _, report = self.block(
-            joined_BTD, self.experts, first_expert, None, Selection(), setting
+        given = Selection() if selection is None else selection
+        out_BTD, memory, report = self.block(
+            joined_BTD, self.experts, first_expert, memory, given, setting
         )
-        return rms_norm(out_BTD, self.norm, self.norm_eps), report
+        return rms_norm(out_BTD, self.norm, self.norm_eps), memory, report

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from glm5_jax.block import Block, Memory, Report, Setting
-from glm5_jax.cache import LayerCache, Rows
-from glm5_jax.collectives import MODEL, num_shards
+from glm5_jax.cache import LayerCache
+from glm5_jax.collectives import num_shards
 from glm5_jax.config import Config
 from glm5_jax.experts import Experts
 from glm5_jax.layers import SegmentPlan
@@ -46,6 +46,7 @@ def run_segment(
     setting: Setting,
     *,
     cache_dtype: jnp.dtype,
+    page_BW: jax.Array | None,
     carry_selection: bool,
     remat: bool,
     observe: Observe,
@@ -55,6 +56,7 @@ def run_segment(
     Args:
       selection: of the layer before the segment.
       caches: the segment's part of the cache, by slot; None in a pass without one.
+      page_BW: the pages of each row in it, as `KVCache` has them.
       carry_selection: whether a layer of another group needs a selection made in this one. It is
         large, and a scan keeps what it carries for the gradient.
 
@@ -76,11 +78,11 @@ def run_segment(
                 memory, first = None, jnp.zeros((), jnp.int32)
                 own_experts = experts[slot] and whole(experts[slot], Experts(config), rules)
             else:
-                memory = _memory(caches[slot], group, cache_dtype)
+                memory = Memory(*caches[slot].memory(group, cache_dtype, page_BW))
                 own_experts, first = in_a_row[slot], group * experts_here
             x_BTD, memory, report = block(x_BTD, own_experts, first, memory, selection, setting)
             selection = report.selection
-            updated.append(_stacks(memory))
+            updated.append(memory.stacks())
             observed.append(observe(report))
         carried = (
             x_BTD,
@@ -96,16 +98,3 @@ def run_segment(
     scanned = (groups, segment.layers, segment.experts if caches is None else None)
     (x_BTD, last, caches), observed = jax.lax.scan(run_group, start, scanned)
     return x_BTD, last if carry_selection else selection, caches, observed
-
-
-def _memory(cache: LayerCache, layer: jax.Array, dtype: jnp.dtype) -> Memory:
-    keys_LBSJ = cache.index_keys_LBSJ
-    return Memory(
-        Rows(cache.rows_LBSA, layer, dtype, (MODEL,)),
-        None if keys_LBSJ is None else Rows(keys_LBSJ, layer, dtype, (MODEL,)),
-    )
-
-
-def _stacks(memory: Memory) -> LayerCache:
-    keys = memory.index_keys
-    return LayerCache(memory.rows.stack_LBSA, None if keys is None else keys.stack_LBSA)

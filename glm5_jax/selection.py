@@ -7,16 +7,17 @@ import jax.numpy as jnp
 
 from glm5_jax.collectives import MESH_AXES, MODEL, share_length, spread
 from glm5_jax.places import Places, visible
+from glm5_jax.slots import Slots
 
 
 class Selection(NamedTuple):
     """Computed by a full layer, used by the shared layers after it too.
 
-    Exact and deterministic: the K highest scores, the lowest slot first among equal ones. Without
-    an index every visible token is selected, as it is where there are no more than K slots.
+    Exact and deterministic: the K highest scores, the lowest position first among equal ones.
+    Without an index every visible token is selected, as it is where there are no more than K slots.
     """
 
-    index_BTK: jax.Array | None = None  # int32 slots
+    index_BTK: jax.Array | None = None  # int32 positions
     valid_BTK: jax.Array | None = None  # False where a query sees fewer than K tokens
     # The logarithm of the share of attention that the indexer expects each selected token to get:
     # BTK, or BTS without an index; on a mesh, for this device's share of the queries along `model`.
@@ -42,13 +43,12 @@ class Selection(NamedTuple):
         """K, or None where every visible token is selected."""
         return None if self.index_BTK is None else self.index_BTK.shape[-1]
 
-    def held(self, first_slot: jax.Array, num_slots: int) -> "Selection":
-        """The part that falls among the given slots, counted from the first of them."""
+    def held(self, slots: Slots) -> "Selection":
+        """The part that is held here, by slot."""
         if self.index_BTK is None or self.valid_BTK is None:
             return self
-        index_BTK = self.index_BTK - first_slot
-        is_held_BTK = (index_BTK >= 0) & (index_BTK < num_slots)
-        return Selection(jnp.where(is_held_BTK, index_BTK, num_slots), self.valid_BTK & is_held_BTK)
+        slot_BTK = slots.slot(self.index_BTK)
+        return Selection(slot_BTK, self.valid_BTK & (slot_BTK < slots.held))
 
     def seen(self, queries: Places, keys: Places) -> jax.Array:
         """Which keys each query attends to, BTS bool. An index holds visible tokens only."""

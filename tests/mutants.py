@@ -93,8 +93,8 @@ MUTANTS = [
     Mutant(
         "one token too few selected",
         "glm5_jax/indexer.py",
-        "most = min(self.config.topk, keys.num_slots)",
-        "most = min(self.config.topk, keys.num_slots) - 1",
+        "most = min(self.config.topk, slots.held)",
+        "most = min(self.config.topk, slots.held) - 1",
         "tests/test_model.py",
     ),
     Mutant(
@@ -184,8 +184,8 @@ MUTANTS = [
     Mutant(
         "decoding writes one slot too far",
         "glm5_jax/cache.py",
-        "slot_BT = places.position_BT - self._first_slot",
-        "slot_BT = places.position_BT + 1 - self._first_slot",
+        "self.slots.slot(places.position_BT)",
+        "self.slots.slot(places.position_BT + 1)",
         "tests/test_cache.py tests/test_model.py",
     ),
     Mutant(
@@ -212,15 +212,15 @@ MUTANTS = [
     Mutant(
         "slots of a shard counted from its own first",
         "glm5_jax/indexer.py",
-        "found._replace(index_BTK=found.index_BTK + keys.first_slot)",
+        "found._replace(index_BTK=slots.position(found.index_BTK))",
         "found._replace(index_BTK=found.index_BTK)",
         "tests/test_sharded.py -k text",
     ),
     Mutant(
         "rows written by shards that do not hold their slot",
-        "glm5_jax/cache.py",
-        "is_here_BT = places.real_BT & (slot_BT >= 0)",
-        "is_here_BT = places.real_BT",
+        "glm5_jax/slots.py",
+        "is_here = (shard == shard_index(self.axes)) & (page >= 0) & (page < self.num_pages)",
+        "is_here = (page >= 0) & (page < self.num_pages)",
         "tests/test_sharded.py -k text",
     ),
     Mutant(
@@ -229,6 +229,48 @@ MUTANTS = [
         "jnp.where(kept_TK < 0, kept, kept_TK)",
         "jnp.abs(kept_TK)",
         "tests/test_exchange.py",
+    ),
+    Mutant(
+        "every draft accepted",
+        "glm5_jax/inference/steps.py",
+        "is_alive_B & (token_B == expected_B)",
+        "is_alive_B",
+        "tests/test_engine.py -k distribution",
+    ),
+    Mutant(
+        "drafts drawn from the model's noise for another token",
+        "glm5_jax/inference/steps.py",
+        "turn.count_B + ahead",
+        "turn.count_B",
+        "tests/test_engine.py -k fast",
+    ),
+    Mutant(
+        "the MTP layer sees a row of the first token",
+        "glm5_jax/model.py",
+        "(keys_at.position_BT > 0).astype(jnp.int32)",
+        "(keys_at.position_BT >= 0).astype(jnp.int32)",
+        "tests/test_mtp.py",
+    ),
+    Mutant(
+        "tokens written to pages that others see",
+        "glm5_jax/cache.py",
+        "is_new_BT &= places.position_BT >= self.writable_B[:, None]",
+        "is_new_BT &= places.position_BT >= 0",
+        "tests/test_cache.py",
+    ),
+    Mutant(
+        "top-p keeps one token too many",
+        "glm5_jax/inference/sampling.py",
+        "reached_B >= target_B",
+        "reached_B > target_B",
+        "tests/test_sampling.py",
+    ),
+    Mutant(
+        "pages found by what they hold and not by what came before",
+        "glm5_jax/inference/pages.py",
+        "hashlib.blake2b(before + filled, digest_size=16)",
+        "hashlib.blake2b(filled, digest_size=16)",
+        "tests/test_pages.py",
     ),
 ]
 

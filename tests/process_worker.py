@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from glm5_jax.collectives import BATCH, MODEL
 from glm5_jax.console import add_command, command_parser, run_command
 from glm5_jax.inference.generate import Generator
-from glm5_jax.inference.sampling import Sampling
+from glm5_jax.inference.request import Sampling
 from glm5_jax.mesh import fetch
 from glm5_jax.params import leaves_by_path
 from glm5_jax.processes import add_processes, one_program

@@ -77,8 +77,8 @@ def test_gradients_agree_too(form):
         return jnp.sum(weights * out)
 
     gradient = jax.grad(loss, argnums=(0, 1, 2))
-    actual = gradient(attention, queries, rows.stack_LBSA, form)
-    expected = gradient(attention, queries, rows.stack_LBSA, "expanded")
+    actual = gradient(attention, queries, rows.stack_LYUA, form)
+    expected = gradient(attention, queries, rows.stack_LYUA, "expanded")
     assert float(jnp.max(jnp.abs(expected[0].kv_up))) > 0
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4)

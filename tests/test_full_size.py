@@ -110,7 +110,7 @@ def test_decoding_traces_and_returns_a_cache_of_the_same_shape(name):
 def test_the_cache_takes_what_the_published_sizes_say(name, bytes_per_token):
     config = load_preset(name).config
     cache = jax.eval_shape(lambda: KVCache.create(config, 1, 1024, jnp.bfloat16))
-    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.segments))
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.pools))
     assert total == 1024 * bytes_per_token
 
 

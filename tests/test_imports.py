@@ -19,7 +19,7 @@ ORDER = [
     ["rendezvous", "cluster", "coordination", "processes", "findings"],
     ["plan.chips", "plan.costs"],
     ["collectives"],
-    ["config", "published.fp8"],
+    ["config", "published.fp8", "slots"],
     ["config_json"],
     ["presets", "params", "linear", "places", "queries"],
     ["mesh"],
@@ -35,7 +35,7 @@ ORDER = [
     ["checkpoint", "published.files", "published.check", "published.slices"],
     ["published.source", "published.native"],
     ["load", "info", "inference", "doctor"],
-    ["plan"],
+    ["plan", "server"],
     ["commands"],
     ["__main__"],
 ]
@@ -84,7 +84,8 @@ def test_the_model_is_built_from_the_bottom_up(path):
 def test_everything_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    declared = [*project["dependencies"], *extras["serve"], *extras["train"], *requires("flax")]
+    own = [line for name in ("serve", "train", "eval") for line in extras[name]]
+    declared = [*project["dependencies"], *own, *requires("flax")]
     names = {re.split(r"[^\w-]", line)[0].lower().replace("-", "_") for line in declared}
     names |= {"orbax" if name == "orbax_checkpoint" else name for name in names}
     for path in FILES:

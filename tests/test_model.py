@@ -148,9 +148,7 @@ def test_a_row_that_feeds_nothing_keeps_its_cache(model, tokens):
     _, cache = step(model, cache, tokens[:, :10], jnp.array([10, 10, 10]))
     before = jax.tree.map(np.asarray, cache)
     _, cache = step(model, cache, tokens[:, 10:12], jnp.array([2, 0, 1]))
-    for old, new in zip(
-        jax.tree.leaves(before.segments), jax.tree.leaves(cache.segments), strict=True
-    ):
+    for old, new in zip(jax.tree.leaves(before.pools), jax.tree.leaves(cache.pools), strict=True):
         np.testing.assert_array_equal(old[:, 1], new[:, 1])
     np.testing.assert_array_equal(cache.length_B, [12, 10, 11])
 
@@ -158,9 +156,9 @@ def test_a_row_that_feeds_nothing_keeps_its_cache(model, tokens):
 def test_tokens_beyond_the_capacity_are_not_stored(model, tokens):
     cache = KVCache.create(model.config, 3, 12, jnp.float32)
     _, cache = step(model, cache, tokens[:, :12], jnp.full(3, 12))
-    before = jax.tree.map(np.asarray, cache.segments)
+    before = jax.tree.map(np.asarray, cache.pools)
     _, cache = step(model, cache, tokens[:, 12:13], jnp.ones(3, jnp.int32))
-    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(cache.segments), strict=True):
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(cache.pools), strict=True):
         np.testing.assert_array_equal(old, new)
 
 

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm5_jax.model import forward, logits, predict_ahead
+from glm5_jax.cache import KVCache, Pools
+from glm5_jax.model import forward, logits, predict_ahead, read_ahead
 from glm5_jax.places import Places
 from tests.reference.numpy_glm5 import NumpyGlm5
 from tests.tiny import GROUPED, TINY, TOKENS, build_model, random_model, random_weights
@@ -67,3 +68,27 @@ def test_a_model_without_the_layer_says_so():
     tokens = jnp.array([TOKENS])
     with pytest.raises(ValueError, match="no MTP layer"):
         predictions(model, tokens, Places.unpadded(*tokens.shape))
+
+
+@pytest.mark.parametrize("portion", [5, 24])
+def test_reading_ahead_with_a_cache_predicts_what_depth_one_does(portion):
+    """In portions, and in pages that lie in any order; the first token has no row."""
+    model, tokens = random_model(), jnp.array([TOKENS, TOKENS[::-1]])
+    hidden = forward(model, tokens, Places.unpadded(*tokens.shape)).hidden_BTD
+    places = Places.unpadded(*tokens.shape)
+    ((expected, _),) = predict_ahead(model, hidden, tokens, places, depth=1)
+    pools = Pools.create(model.config, 9, 8, jnp.float32, with_mtp=True)
+    # What other sequences left behind must not be seen.
+    pools = jax.tree.map(lambda leaf: leaf + 7, pools)
+    pages = jnp.array([[4, 0, 7], [1, 8, 3]])
+    cache = KVCache(pools, jnp.zeros(2, jnp.int32), jnp.dtype(jnp.float32), pages)
+    before = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=7)
+    step = jax.jit(read_ahead)
+    for start in range(0, 24, portion):
+        part = slice(start, min(start + portion, 24))
+        there = Places(places.position_BT[:, part], places.segment_BT[:, part])
+        ahead, cache, _ = step(model, before[:, part], tokens[:, part], there, cache)
+        first = max(part.start, 1)
+        np.testing.assert_allclose(
+            ahead[:, first - part.start :], expected[:, first - 1 : part.stop - 1], atol=2e-5
+        )

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from glm5_jax.cache import KVCache
 from glm5_jax.collectives import BATCH, MESH_AXES, MODEL, total
 from glm5_jax.inference.generate import Generator
-from glm5_jax.inference.sampling import Sampling
+from glm5_jax.inference.request import Sampling
 from glm5_jax.mesh import make_mesh, put
 from glm5_jax.model import Glm5, for_decoding, forward, logits, predict_ahead
 from glm5_jax.params import abstract, leaf_dtype, leaves_by_path
@@ -125,8 +125,8 @@ def one_device_text(temperature):
 
 @on_every_mesh
 def test_greedy_and_sampled_text_are_those_of_one_device(shape):
-    """Contexts of up to 34 tokens, 8 of which are attended to, in up to 8 shards."""
-    generator = Generator(model(), partition(shape, DECODE))
+    """Contexts of up to 34 tokens, 8 of which are attended to, in up to 8 shards; drafted there."""
+    generator = Generator(model(), partition(shape, DECODE), draft_tokens=2)
     for temperature in (0.0, 1.0):
         text = generator.complete(PROMPTS, 12, Sampling(temperature=temperature, seed=3))
         assert text == one_device_text(temperature)
@@ -178,7 +178,7 @@ def test_decoding_moves_neither_experts_nor_the_cache(shape):
     # The largest is a row of queries or candidates; a layer's experts or slots are far larger.
     largest = max(size for _, size in moved)
     assert largest < one_layer / 2
-    assert largest < cache.segments[0][0].rows_LBSA.size / CONFIG.num_layers / 8 / 2
+    assert largest < cache.pools.segments[0][0].rows_LYUA.size / CONFIG.num_layers / 8 / 2
 
 
 def test_training_gathers_one_layer_at_a_time():

@@ -7,12 +7,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from glm5_jax.collectives import BATCH
+from glm5_jax.collectives import BATCH, MODEL
 from glm5_jax.config import Config
 from glm5_jax.errors import InputError
 from glm5_jax.experts import BLOCK_LOOP, expected_blocks
-from glm5_jax.inference.generate import PREFILL_LENGTH, capacity_for
-from glm5_jax.inference.steps import abstract_state, compiled_steps
+from glm5_jax.indexer import PAGE_LOOP, pages_of_block
+from glm5_jax.inference.engine import PREFILL_LENGTH
+from glm5_jax.inference.sampling import Choices
+from glm5_jax.inference.steps import (
+    Build,
+    Portion,
+    State,
+    Turn,
+    abstract_state,
+    compiled_steps,
+    page_size_for,
+    table_width,
+)
 from glm5_jax.model import Glm5
 from glm5_jax.params import abstract
 from glm5_jax.sharding import DECODE, Partition, Rules
@@ -82,26 +93,68 @@ def loop_trips(config: Config, partition: Partition, num_tokens: int) -> dict[st
 
 def _decode(config: Config, partition: Partition, work: Work) -> Program:
     """One token of each row, after the rest of the context."""
-    return _read(config, partition, work, 1)
+    build, weights, state, pages = _start(config, partition, work)
+    row = jax.ShapeDtypeStruct((work.batch,), jnp.int32)
+    turn = Turn(
+        token_BT=jax.ShapeDtypeStruct((work.batch, 1), jnp.int32),
+        num_fresh_B=row,
+        length_B=row,
+        page_BW=pages,
+        active_B=jax.ShapeDtypeStruct((work.batch,), bool),
+        count_B=row,
+        choices=jax.eval_shape(lambda: Choices.of([None] * work.batch)),
+        wants_likelihood_B=jax.ShapeDtypeStruct((work.batch,), bool),
+    )
+    step = compiled_steps(build).advance
+    return _program(step, weights, state, turn, work.batch, config, partition)
 
 
 def _prefill(config: Config, partition: Partition, work: Work) -> Program:
     """One portion of each row, the last of the context and so the slowest."""
-    return _read(config, partition, work, min(PREFILL_LENGTH, work.context))
-
-
-def _read(config: Config, partition: Partition, work: Work, length: int) -> Program:
-    dtype = jnp.dtype(work.dtype or config.dtype)
-    blueprint = Glm5(config)
-    weights = abstract(blueprint, dtype, partition.sharding)
-    capacity = capacity_for(work.context, partition)
-    state = abstract_state(config, partition, work.batch, capacity, dtype)
-    tokens_BT = jax.ShapeDtypeStruct((work.batch, length), jnp.int32)
-    count_B = jax.ShapeDtypeStruct((work.batch,), jnp.int32)
-    return Program(
-        compiled_steps(config, partition, dtype, config.vocab_size).read,
-        (weights, state, tokens_BT, count_B),
-        {"weights": weights, "cache": state.cache},
-        work.batch * length,
-        loop_trips(config, partition, work.batch * length),
+    build, weights, state, pages = _start(config, partition, work)
+    length = min(PREFILL_LENGTH, work.context)
+    row = jax.ShapeDtypeStruct((work.batch,), jnp.int32)
+    portion = Portion(
+        token_RT=jax.ShapeDtypeStruct((work.batch, length), jnp.int32),
+        count_R=row,
+        start_R=row,
+        writable_R=row,
+        page_RW=pages,
+        row_R=row,
     )
+    step = compiled_steps(build).read
+    return _program(step, weights, state, portion, work.batch * length, config, partition)
+
+
+def _start(
+    config: Config, partition: Partition, work: Work
+) -> tuple[Build, Glm5, State, jax.ShapeDtypeStruct]:
+    """What to compile for, the weights, the state, and the pages of every row."""
+    dtype = jnp.dtype(work.dtype or config.dtype)
+    build = Build(config, partition, dtype, config.vocab_size, num_drafts=0)
+    weights = abstract(Glm5(config), dtype, partition.sharding)
+    page_size = page_size_for(partition)
+    num_pages = -(-work.context // page_size)
+    state = abstract_state(build, work.batch, work.batch * num_pages, page_size)
+    table_BW = jax.ShapeDtypeStruct((work.batch, table_width(num_pages)), jnp.int32)
+    return build, weights, state, table_BW
+
+
+def _program(
+    step: Any,
+    weights: Glm5,
+    state: State,
+    asked: Any,
+    num_tokens: int,
+    config: Config,
+    partition: Partition,
+) -> Program:
+    trips = loop_trips(config, partition, num_tokens)
+    if isinstance(asked, Turn):
+        batch, width = asked.page_BW.shape
+        page_part = page_size_for(partition) // partition.num_shards((MODEL,))
+        page_bytes = page_part * config.indexer.head_dim * weights.embedding.dtype.itemsize
+        batch //= partition.num_shards(BATCH)
+        trips[PAGE_LOOP] = width / pages_of_block(batch, width, page_bytes)
+    parts = {"weights": weights, "cache": state.pools}
+    return Program(step, (weights, state, asked), parts, num_tokens, trips)

@@ -1,0 +1,317 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glm5_jax.errors import InputError
+from glm5_jax.inference import engine as engine_module
+from glm5_jax.inference.engine import Engine
+from glm5_jax.inference.request import Request, Sampling
+from glm5_jax.model import forward, logits
+from glm5_jax.places import Places
+from tests.tiny import SHARED, build_model, random_model, random_weights
+from tests.trained import LEARNER, text, trained_model
+
+SLOTS = 4  # of most engines here, so that they share what is compiled
+WAYS = [
+    Sampling(),
+    Sampling(temperature=1.0, seed=1),
+    Sampling(temperature=1.3, seed=2, top_p=0.9, min_p=0.01),
+    Sampling(temperature=0.8, seed=3, top_k=20, repetition_penalty=1.3),
+    Sampling(presence_penalty=1.0, frequency_penalty=0.5, logit_bias={5: 2.0, 9: -100.0}),
+]
+
+
+@pytest.fixture(autouse=True)
+def short_pages(monkeypatch):
+    """Pages and portions so short that prompts have many."""
+    monkeypatch.setattr("glm5_jax.inference.steps._SHORTEST_PAGE", 4)
+    monkeypatch.setattr("glm5_jax.inference.steps._SHORTEST_PART", 4)
+    monkeypatch.setattr(engine_module, "PREFILL_LENGTH", 16)
+    monkeypatch.setattr(engine_module, "_SHORTEST_PORTION", 8)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return trained_model()
+
+
+def finish(engine, requests):
+    """The events of each request, all submitted at once."""
+    numbers = [engine.submit(request) for request in requests]
+    events = {number: [] for number in numbers}
+    while not engine.is_idle:
+        for event in engine.step():
+            events[event.request].append(event)
+    return [events[number] for number in numbers]
+
+
+def texts(engine, requests):
+    return [[event.token for event in events] for events in finish(engine, requests)]
+
+
+def many_requests(count, way, new=12):
+    return [
+        Request(
+            prompt=tuple(text(seed, 2 + seed % 17)), max_new_tokens=new, sampling=way, number=seed
+        )
+        for seed in range(count)
+    ]
+
+
+def ask(model, requests, **options):
+    engine = Engine(model, slots=SLOTS, context=64, **options)
+    return texts(engine, requests), engine.statistics()
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_drafts_change_how_fast_a_text_comes_and_nothing_else(trained, way):
+    requests = many_requests(100 if way == Sampling() else 12, way)
+    plain, statistics = ask(trained, requests)
+    assert statistics.work.drafted_tokens == 0
+    for drafts in (1, 3) if way == Sampling() else (3,):
+        drafted, statistics = ask(trained, requests, draft_tokens=drafts)
+        assert drafted == plain
+        work = statistics.work
+        assert work.accepted_tokens + work.main_steps >= statistics.generated_tokens
+    assert work.accepted_tokens > work.main_steps / 4
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_drafts_of_a_model_that_learned_nothing_do_no_harm(shares):
+    model = random_model(SHARED | {"index_share_for_mtp_iteration": shares})
+    requests = many_requests(100, Sampling())
+    assert ask(model, requests, draft_tokens=3)[0] == ask(model, requests)[0]
+
+
+def distribution(model, prompt, num_tokens, length, temperature):
+    """The probability of every continuation, reading each from the start."""
+
+    @jax.jit
+    def next_token(tokens_T):
+        tokens_BT = tokens_T[None]
+        hidden_BTD = forward(model, tokens_BT, Places.unpadded(*tokens_BT.shape)).hidden_BTD
+        scores_Z = logits(model, hidden_BTD)[0, -1, :num_tokens]
+        return jax.nn.softmax(scores_Z / temperature)
+
+    chances = {}
+    for continuation in itertools.product(range(num_tokens), repeat=length):
+        chance = 1.0
+        for place, token in enumerate(continuation):
+            before = jnp.array([*prompt, *continuation[:place]])
+            chance *= float(next_token(before)[token])
+        chances[continuation] = chance
+    return chances
+
+
+def test_sampled_texts_with_drafts_have_the_models_distribution():
+    """Chi-squared over all 64 texts of three tokens, of four; many of them drafted."""
+    model, prompt, temperature, count = random_model(LEARNER), tuple(text(0, 11)), 2.0, 3000
+    way = Sampling(temperature=temperature, seed=7)
+    requests = [
+        Request(prompt=prompt, max_new_tokens=3, sampling=way, number=number)
+        for number in range(count)
+    ]
+    engine = Engine(model, slots=32, context=16, num_tokens=4, draft_tokens=2)
+    found = texts(engine, requests)
+    work = engine.statistics().work
+    assert work.accepted_tokens > work.main_steps / 5
+    expected = distribution(model, prompt, 4, 3, temperature)
+    statistic = sum(
+        (found.count(list(each)) - count * chance) ** 2 / (count * chance)
+        for each, chance in expected.items()
+    )
+    assert min(expected.values()) * count > 1
+    # with 63 degrees of freedom it exceeds 103.4 once in 1000 times
+    assert statistic < 103.4
+
+
+POOL = [
+    Request(
+        prompt=tuple(text(seed // 2, 1 + (5 * seed) % 37)),
+        max_new_tokens=1 + (7 * seed) % 15,
+        sampling=WAYS[seed % len(WAYS)],
+        number=seed,
+        stop=frozenset([82]) if seed % 3 else frozenset(),
+        alternatives=2 if seed % 4 == 1 else None,
+    )
+    for seed in range(14)
+]
+
+
+@pytest.fixture(scope="module")
+def alone(trained):
+    """Every request's text, without drafts, by itself."""
+    results = []
+    for request in POOL:
+        engine = Engine(trained, slots=SLOTS, context=64)
+        (events,) = finish(engine, [request])
+        results.append([(event.token, event.finish_reason) for event in events])
+    return results
+
+
+@settings(max_examples=12)
+@given(data=st.data())
+def test_a_request_does_not_notice_who_else_is_there(trained, alone, data):
+    """Under random arrivals, cancellations and so little memory that some must wait and return."""
+    cache_tokens = data.draw(st.sampled_from([80, 256]))
+    engine = Engine(trained, slots=SLOTS, context=64, cache_tokens=cache_tokens, draft_tokens=3)
+    order = data.draw(st.permutations(range(len(POOL))))
+    arrivals = [data.draw(st.integers(0, 12)) for _ in order]
+    cancelled = {
+        n: data.draw(st.integers(0, 30)) for n in data.draw(st.sets(st.sampled_from(order)))
+    }
+    numbers, events = {}, {n: [] for n in order}
+    for time in range(400):
+        for n, arrival in zip(order, arrivals, strict=True):
+            if arrival == time:
+                numbers[engine.submit(POOL[n])] = n
+        for number, n in numbers.items():
+            if cancelled.get(n) == time:
+                engine.cancel(number)
+        for event in engine.step():
+            events[numbers[event.request]].append((event.token, event.finish_reason))
+        if time >= 30 and engine.is_idle:
+            break
+    for n in order:
+        got = events[n]
+        assert got == alone[n][: len(got)]
+        assert n in cancelled or len(got) == len(alone[n])
+    statistics = engine.statistics()
+    assert (statistics.running, statistics.waiting, statistics.pages_held) == (0, 0, 0)
+    assert statistics.finished == len(POOL)
+
+
+def test_requests_that_give_way_go_on_as_if_nothing_had_been(trained):
+    """Two texts of 50 tokens do not fit 64 slots of cache: the later one is read again."""
+    way = Sampling(temperature=1.0, presence_penalty=0.5, seed=4)
+    requests = [
+        Request(prompt=tuple(text(n, 5)), max_new_tokens=45, sampling=way, number=n)
+        for n in range(2)
+    ]
+    roomy, _ = ask(trained, requests, draft_tokens=3)
+    engine = Engine(trained, slots=2, context=64, cache_tokens=64, draft_tokens=3)
+    numbers = [engine.submit(request) for request in requests]
+    found, gave_way = {number: [] for number in numbers}, False
+    while not engine.is_idle:
+        for event in engine.step():
+            found[event.request].append(event.token)
+        gave_way |= engine.statistics().waiting == 1 and len(found[numbers[1]]) > 0
+    assert gave_way
+    assert [found[number] for number in numbers] == roomy
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_prompts_that_begin_alike_are_read_once(trained, drafts):
+    prompt = tuple(text(3, 40))
+    branches = [(*prompt[:30], 5, 6, 7), prompt, (*prompt, 8), prompt[:12], (9, *prompt)]
+    requests = [Request(prompt=branch, max_new_tokens=6) for branch in branches]
+    engine = Engine(trained, slots=SLOTS, context=64, draft_tokens=drafts)
+    reused = []
+    for request in requests:
+        (events,) = finish(engine, [request])
+        reused.append(events[-1].work.reused_tokens)
+        fresh = Engine(trained, slots=SLOTS, context=64, draft_tokens=drafts)
+        assert [event.token for event in events] == texts(fresh, [request])[0]
+        if drafts:
+            # What was drafted after reused pages is what would be drafted after reading them.
+            assert events[-1].work.accepted_tokens == finish(fresh, [request])[0][-1].work[3]
+    # Pages of 4: what the first shares with the second, then all but the last token, and so on.
+    assert reused == [0, 28, 40, 8, 0]
+    assert engine.statistics().work.reused_tokens == sum(reused)
+
+
+def test_memory_follows_what_is_used(trained):
+    engine = Engine(trained, slots=SLOTS, context=64)
+    held = []
+    for length in (3, 20):
+        engine.submit(Request(prompt=tuple(text(1, length)), max_new_tokens=9))
+        engine.step()
+        held.append(engine.statistics().pages_held)
+    assert held == [1, 1 + 5]
+    engine.cancel(1)
+    assert engine.statistics().pages_held == 5
+    while not engine.is_idle:
+        engine.step()
+    assert engine.statistics().pages_held == 0
+
+
+def test_nothing_is_compiled_once_all_shapes_were_met(trained):
+    engine = Engine(trained, slots=SLOTS, context=64, draft_tokens=3)
+    for _ in range(2):  # with prompts read, and with prompts found
+        texts(engine, POOL)
+    first = engine.statistics().compilations
+    seen = []
+
+    def listen(name, duration, **_):
+        if name == "/jax/core/compile/backend_compile_duration":
+            seen.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        texts(engine, POOL)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert seen == [] and engine.statistics().compilations == first
+    wider = Engine(trained, slots=SLOTS + 1, context=64, draft_tokens=3)
+    texts(wider, POOL[1:2])
+    assert wider.statistics().compilations >= 3  # for another number of slots
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_likelihoods_are_those_of_reading_the_text(trained, drafts):
+    prompt, way = tuple(text(1, 9)), Sampling(temperature=1.5, top_k=5, seed=1)
+    engine = Engine(trained, slots=SLOTS, context=64, draft_tokens=drafts, num_tokens=90)
+    asked = Request(prompt=prompt, max_new_tokens=8, sampling=way, alternatives=3)
+    bare = Request(prompt=prompt, max_new_tokens=8, sampling=way, alternatives=0)
+    silent = Request(prompt=prompt, max_new_tokens=8, sampling=way)
+    events, few, none = finish(engine, [asked, bare, silent])
+    tokens = jnp.array([[*prompt, *(event.token for event in events)]])
+    hidden = forward(trained, tokens, Places.unpadded(*tokens.shape)).hidden_BTD
+    expected = jax.nn.log_softmax(logits(trained, hidden)[0, :, :90], axis=-1)
+    for place, event in enumerate(events, start=len(prompt) - 1):
+        np.testing.assert_allclose(
+            event.likelihood.logprob, expected[place, event.token], atol=1e-4
+        )
+        best = np.argsort(-np.asarray(expected[place]), kind="stable")[:3]
+        assert [token for token, _ in event.likelihood.alternatives] == best.tolist()
+        np.testing.assert_allclose(
+            [logprob for _, logprob in event.likelihood.alternatives],
+            expected[place, best],
+            atol=1e-4,
+        )
+    assert all(event.likelihood.alternatives == () for event in few)
+    assert all(event.likelihood is None for event in none)
+
+
+def test_a_bfloat16_model_is_continued_with_drafts_too():
+    model = build_model(LEARNER, random_weights(LEARNER), jnp.bfloat16)
+    requests = many_requests(4, Sampling())
+    found, statistics = ask(model, requests, draft_tokens=2)
+    assert [len(each) for each in found] == [12] * 4 and statistics.work.drafted_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "named"),
+    [
+        ((), 1, "is empty"),
+        ((5, 97), 1, "token 97 is outside the vocabulary"),
+        ((5, -1), 1, "token -1"),
+        ((5,) * 60, 5, "needs a context of 65, expected at most 64"),
+    ],
+)
+def test_a_request_that_cannot_be_continued_is_refused_at_once(trained, prompt, new, named):
+    engine = Engine(trained, slots=SLOTS, context=64)
+    with pytest.raises(InputError, match=named):
+        engine.submit(Request(prompt=prompt, max_new_tokens=new))
+    assert engine.is_idle
+
+
+def test_drafting_without_the_layer_is_refused():
+    model = random_model(LEARNER | {"num_nextn_predict_layers": 0})
+    with pytest.raises(InputError, match="no MTP layer"):
+        Engine(model, draft_tokens=1)
