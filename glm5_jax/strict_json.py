@@ -1,6 +1,7 @@
 """JSON from untrusted files: duplicate keys and non-finite numbers are errors."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _constant(text: str) -> Any:
-    raise InputError(f"number {text} is not finite")
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise InputError(f"number {text:.80} is not finite")
+    return value
 
 
 def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
@@ -27,7 +31,9 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
       InputError: the text is not one JSON object with unique keys and finite numbers.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        value = json.loads(
+            text, object_pairs_hook=_object, parse_float=_number, parse_constant=_number
+        )
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:

@@ -210,6 +210,7 @@ def test_impossible_sizes_are_refused(changes):
         ("[1]", "expected a JSON object"),
         ('{"hidden_size": 1, "hidden_size": 2}', "stands twice"),
         ('{"rms_norm_eps": NaN}', "not finite"),
+        ('{"rms_norm_eps": 1e999}', "number 1e999 is not finite"),
         ("[" * 100_000, "not valid JSON"),
     ],
 )
