@@ -1,15 +1,19 @@
 """Text to tokens and back, and conversations to prompts, with the files of a model directory."""
 
 import datetime
+import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from glm5_jax.errors import InputError
-from glm5_jax.strict_json import read_json
+from glm5_jax.strict_json import parse_json, read_json
 
 TOKENIZER_NAME = "tokenizer.json"
+# Tokens that end a text or a turn, also where a tokenizer does not call them special.
+_ENDS = frozenset({"<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"})
 
 
 class Tokenizer:
@@ -35,6 +39,12 @@ class Tokenizer:
         except Exception as error:  # the Rust library raises Exception itself
             raise InputError(f"{path}: not a tokenizer: {error!s:.200}") from None
         self._directory = directory
+        self._has_bytes = isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel)
+        self._special = {
+            number: token.content
+            for number, token in self._tokenizer.get_added_tokens_decoder().items()
+            if token.special or token.content in _ENDS
+        }
 
     @property
     def num_tokens(self) -> int:
@@ -74,19 +84,72 @@ class Tokenizer:
             )
         return int(found)
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, without special ones."""
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+    def decode(self, tokens: Sequence[int], keep: Set[str] = frozenset()) -> str:
+        """The text of tokens, without special ones but for those whose text is to be kept."""
+        special = self._special
+        shown = [t for t in tokens if t not in special or special[t] in keep]
+        return str(self._tokenizer.decode(shown, skip_special_tokens=False))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def token_text(self, token: int) -> tuple[str, list[int]]:
+        """The text of one token, be it special, and its bytes; both empty for ids without text.
+
+        A token may be a part of a character: the bytes of several make it up, their texts do not.
+        """
+        name = self._tokenizer.id_to_token(token)
+        if name is None:
+            return "", []
+        table = _bytes_of_characters()
+        if self._has_bytes and all(character in table for character in name):
+            content = bytes(table[character] for character in name)
+            return content.decode(errors="replace"), list(content)
+        text = str(self._tokenizer.decode([token], skip_special_tokens=False))
+        return text, list(text.encode())
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> list[int]:
+        """The tokens of what `render_chat` gives; raises `InputError` as it does."""
+        return self.encode(self.render_chat(messages, tools=tools, options=options), special=False)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
         """The prompt of a conversation, up to where the assistant's turn begins.
 
-        Raises:
-          InputError: there is no chat template, or it refuses the messages.
-        """
-        return self.encode(self._render(messages), special=False)
+        Args:
+          messages: as OpenAI's API has them, with text only.
+          tools: those that the assistant may call.
+          options: more names for the template, such as `enable_thinking`.
 
-    def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        Raises:
+          InputError: there is no chat template, it refuses the messages, or they are malformed.
+        """
+        given = {
+            "messages": [_message(m, f"messages[{n}]") for n, m in enumerate(messages)],
+            "tools": tools,
+            "add_generation_prompt": True,
+        }
+        for name in sorted(given.keys() & options):
+            raise InputError(f"option {name} of the chat template is not free to choose")
+        template, special = self._template, self._special_tokens()
+        try:
+            return template.render({**special, **options, **given})
+        except Exception as error:  # the program may do anything that ends in one
+            raise self._failed(error) from None
+
+    def _failed(self, error: Exception) -> InputError:
+        return InputError(f"{self._directory}: the chat template failed: {error}")
+
+    @functools.cached_property
+    def _template(self) -> Any:
         try:
             import jinja2
             import jinja2.sandbox
@@ -108,12 +171,11 @@ class Tokenizer:
         environment.filters["tojson"] = to_json
         environment.globals["raise_exception"] = refuse
         environment.globals["strftime_now"] = lambda text: datetime.datetime.now().strftime(text)
-        source, special = self._template(), self._special_tokens()
+        source = self._template_source()
         try:
-            template = environment.from_string(source)
-            return template.render(messages=messages, add_generation_prompt=True, **special)
-        except Exception as error:  # the program may do anything that ends in one
-            raise InputError(f"{self._directory}: the chat template failed: {error}") from None
+            return environment.from_string(source)
+        except Exception as error:  # the parser may fail in any way on what is no template
+            raise self._failed(error) from None
 
     def _special_tokens(self) -> dict[str, str]:
         """The texts of `eos_token` and its like, which templates may name."""
@@ -126,7 +188,7 @@ class Tokenizer:
         }
         return {key: text for key, text in texts.items() if isinstance(text, str)}
 
-    def _template(self) -> str:
+    def _template_source(self) -> str:
         path = self._directory / "chat_template.jinja"
         if path.is_file():
             try:
@@ -140,17 +202,60 @@ class Tokenizer:
         return template
 
 
-def stop_tokens(directory: Path, eos_ids: tuple[int, ...]) -> frozenset[int]:
-    """The tokens that end a text: those of `generation_config.json`, else those of the config.
+def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A message as templates expect it: content is a text, arguments of calls are objects."""
+    if not isinstance(message, Mapping):
+        raise InputError(f"{where} is {message!r:.80}, expected an object")
+    content, calls = message.get("content"), message.get("tool_calls")
+    says_other = message.get("role") == "assistant" and (calls or message.get("reasoning_content"))
+    if content is None and says_other:
+        content = ""
+    result = {**message, "content": _content(content, f"{where}.content")}
+    if calls is not None:
+        if not isinstance(calls, list):
+            raise InputError(f"{where}.tool_calls is {calls!r:.80}, expected a list")
+        result["tool_calls"] = [_call(c, f"{where}.tool_calls[{n}]") for n, c in enumerate(calls)]
+    return result
 
-    Raises:
-      InputError: the file is damaged.
-    """
-    path = directory / "generation_config.json"
-    listed = read_json(path).get("eos_token_id") if path.is_file() else None
-    if listed is None:
-        return frozenset(eos_ids)
-    ids = listed if isinstance(listed, list) else [listed]
-    if not all(type(token) is int for token in ids):
-        raise InputError(f"{path}: eos_token_id is {listed!r:.80}, expected token ids")
-    return frozenset(ids)
+
+def _content(content: object, where: str) -> str:
+    if isinstance(content, list):
+        return "".join(_part(part, f"{where}[{n}]") for n, part in enumerate(content))
+    if not isinstance(content, str):
+        raise InputError(f"{where} is {content!r:.80}, expected a text or a list of text parts")
+    return content
+
+
+def _part(part: object, where: str) -> str:
+    if not isinstance(part, Mapping):
+        raise InputError(f"{where} is {part!r:.80}, expected an object with a type")
+    kind, text = part.get("type"), part.get("text")
+    if kind != "text":
+        raise InputError(f"{where}.type is {kind!r:.80}, expected 'text'")
+    if not isinstance(text, str):
+        raise InputError(f"{where}.text is {text!r:.80}, expected a text")
+    return text
+
+
+def _call(call: object, where: str) -> dict[str, Any]:
+    """A tool call whose arguments are an object, which OpenAI's API has as JSON in a text."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping):
+        raise InputError(f"{where} is {call!r:.80}, expected an object with a function")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        arguments = parse_json(arguments, f"{where}.function.arguments")
+    if not isinstance(arguments, Mapping):
+        raise InputError(
+            f"{where}.function.arguments is {arguments!r:.80}, expected a JSON object in a text"
+        )
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+@functools.cache
+def _bytes_of_characters() -> dict[str, int]:
+    """The alphabet of byte-level BPE: bytes that are no visible Latin-1 are shifted above it."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in visible]
+    shifted = {chr(0x100 + number): byte for number, byte in enumerate(others)}
+    return {chr(byte): byte for byte in visible} | shifted
