@@ -24,6 +24,7 @@ from glm5_jax.errors import InputError
 _LOOK = 0.5  # seconds between looks at whether another process failed
 _LONGEST = 7 * 24 * 3600  # seconds that the first to finish wait for the last
 _FAILED = "glm5/failed"
+_TOLD, _REMEMBERED = "glm5/told", 1024  # messages of the first process, and how many are kept
 
 
 def said_by_all(topic: str, text: str, seconds: float) -> list[str]:
@@ -75,6 +76,38 @@ def require_same(topic: str, values: Mapping[str, object], seconds: float) -> No
                     f"{name} is {value!r:.80} in process 0 and {other.get(name)!r:.80} in process "
                     f"{number}, expected the same in all"
                 )
+
+
+class Relay:
+    """What the first process tells all others, message after message."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def tell(self, text: str) -> None:
+        """Says something, in the first process. It waits for nobody."""
+        client, _, count = _coordination()
+        if count > 1:
+            client.key_value_set(f"{_TOLD}/{self._count}", text)
+            # Whoever is told to use the devices cannot be so far behind.
+            if self._count >= _REMEMBERED:
+                client.key_value_delete(f"{_TOLD}/{self._count - _REMEMBERED}")
+        self._count += 1
+
+    def hear(self) -> str:
+        """Waits for the next message, in another process."""
+        import jax
+
+        client, _, _ = _coordination()
+        while True:
+            try:
+                text: str = client.blocking_key_value_get(f"{_TOLD}/{self._count}", 60_000)
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+                continue  # there was nothing to say
+            self._count += 1
+            return text
 
 
 @contextlib.contextmanager

@@ -8,9 +8,9 @@ import pytest
 
 from glm5_jax.__main__ import main
 from glm5_jax.checkpoint import save_checkpoint
-from glm5_jax.inference import generate as generate_module
+from glm5_jax.inference import engine as engine_module
 from glm5_jax.inference.generate import Generator
-from glm5_jax.inference.sampling import Sampling
+from glm5_jax.inference.request import Sampling
 from glm5_jax.model import forward, logits
 from glm5_jax.places import Places
 from tests.tiny import SHARED, TOKENS, random_model, random_weights, write_published
@@ -56,7 +56,7 @@ def test_greedy_generation_equals_reading_everything_again(model):
 
 def test_a_prompt_is_continued_the_same_alone_and_in_portions(model, monkeypatch):
     together = Generator(model).complete(PROMPTS, 6, GREEDY)
-    monkeypatch.setattr(generate_module, "PREFILL_LENGTH", 8)
+    monkeypatch.setattr(engine_module, "PREFILL_LENGTH", 8)
     for prompt, expected in zip(PROMPTS, together, strict=True):
         assert Generator(model).complete([prompt], 6, GREEDY) == [expected]
 
@@ -78,11 +78,11 @@ def test_a_seed_repeats_a_text_and_batches_do_not_change_it(model):
     together = Generator(model).complete(PROMPTS, 8, warm)
     assert Generator(model).complete(PROMPTS, 8, warm) == together
     assert Generator(model).complete(PROMPTS[2:], 8, warm, first_number=2) == together[2:]
-    assert Generator(model).complete(PROMPTS, 8, Sampling(1.0, seed=4)) != together
+    assert Generator(model).complete(PROMPTS, 8, Sampling(temperature=1.0, seed=4)) != together
 
 
 def test_ids_that_pad_the_vocabulary_are_not_generated(model):
-    completions = Generator(model, num_tokens=20).complete(PROMPTS, 8, Sampling(5.0))
+    completions = Generator(model, num_tokens=20).complete(PROMPTS, 8, Sampling(temperature=5.0))
     assert all(max(completion.tokens) < 20 for completion in completions)
 
 
@@ -94,14 +94,17 @@ def run(capsys, *arguments):
 def test_the_command_prints_an_object_per_prompt(directory, model, capsys, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt_tokens": p}) + "\n" for p in PROMPTS))
-    options = ("--max-new-tokens", 5, "--json", "--batch-size", 3)
+    options = ("--max-new-tokens", 5, "--json", "--slots", 3, "--draft-tokens", 1)
     status, output = run(capsys, "--model", directory, "--prompts", prompts, *options)
     assert status == 0
     records = [json.loads(line) for line in output.out.splitlines()]
     # transformers' eos token of the config is 1
     expected = Generator(model, stop=frozenset([1])).complete(PROMPTS, 5, GREEDY)
-    for record, prompt, completion in zip(records, PROMPTS, expected, strict=True):
-        assert record == {
+    for index, (prompt, completion) in enumerate(zip(PROMPTS, expected, strict=True)):
+        work = records[index].pop("work")
+        assert work["drafted_tokens"] == work["main_steps"] >= 5 - work["accepted_tokens"]
+        assert records[index] == {
+            "index": index,
             "prompt_tokens": prompt,
             "tokens": completion.tokens,
             "text": None,
@@ -136,6 +139,9 @@ def test_stop_tokens_come_from_the_generation_config(model, directory, capsys, t
         (["--prompt-tokens", ",".join(["5"] * 252)], "expected at most 256"),
         (["--prompt-tokens", "5", "--context", "257"], "--context is 257, expected at most"),
         (["--prompt", "text"], "has no tokenizer.json"),
+        (["--prompt-tokens", "5", "--stop", "x"], "has no tokenizer.json"),
+        (["--prompt-tokens", "5", "--top-p", "0"], "top_p is 0.0, expected a number above 0"),
+        (["--prompt-tokens", "5", "--min-p", "2"], "min_p is 2.0, expected a number from 0 to 1"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
     ],
 )
@@ -167,6 +173,10 @@ def test_a_senseless_line_of_prompts_is_named(directory, capsys, tmp_path, line)
         ["--max-new-tokens", "5", "--temperature", "nan"],
         ["--max-new-tokens", "5", "--seed", str(2**32)],
         ["--max-new-tokens", "5", "--dtype", "int8"],
+        ["--max-new-tokens", "5", "--top-k", "-1"],
+        ["--max-new-tokens", "5", "--top-p", "x"],
+        ["--max-new-tokens", "5", "--slots", "0"],
+        ["--max-new-tokens", "5", "--draft-tokens", "-1"],
         ["--max-new-tokens", "5", "--prompt", "both"],
         [],
     ],
@@ -196,6 +206,52 @@ def test_lines_end_at_newlines_only(directory, capsys, tmp_path):
     assert status == 0 and len(output.out.splitlines()) == 2
     _, output = run(capsys, "--model", directory, *options[:-1])
     assert output.out.splitlines()[::2] == ["--- prompt 1", "--- prompt 2"]
+
+
+def test_a_run_that_ended_early_is_continued(directory, capsys, tmp_path):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt_tokens": p}) + "\n" for p in PROMPTS))
+    options = ("--prompts", prompts, "--out", out, "--max-new-tokens", 5, "--temperature", 1)
+    status, output = run(capsys, "--model", directory, *options)
+    assert status == 0 and f"{out}: 4 prompts, 0 before" in output.out
+    whole = {json.loads(line)["index"]: line for line in out.read_text().splitlines()}
+    count = sum(len(json.loads(line)["tokens"]) for line in whole.values())
+    assert f", {count} new tokens" in output.out
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text(lines[2] + lines[0] + lines[1][:30])  # as if killed while it wrote
+    status, output = run(capsys, "--model", directory, *options)
+    assert status == 0 and f"{out}: 2 prompts, 2 before" in output.out
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted(record["index"] for record in again) == [0, 1, 2, 3]
+    for record in again:
+        expected = json.loads(whole[record["index"]])
+        assert record["tokens"] == expected["tokens"] and record["run"] == expected["run"]
+    assert run(capsys, "--model", directory, *options)[0] == 0
+    before = out.read_text()
+    status, output = run(capsys, "--model", directory, *options, "--seed", 1)
+    assert status == 2 and "line 1: run is" in output.err and out.read_text() == before
+    out.write_text(before + before.splitlines(keepends=True)[0])
+    status, output = run(capsys, "--model", directory, *options)
+    assert status == 2 and "line 5: index is" in output.err
+
+
+def test_a_stop_text_ends_a_continuation_and_is_not_shown(capsys, tmp_path):
+    directory = write_published(tmp_path / "model", SHARED, random_weights(SHARED))
+    letters = {chr(33 + token): token for token in range(94)}
+    tokenizer = {"type": "WordLevel", "vocab": letters, "unk_token": "!"}
+    split = {"type": "Split", "pattern": {"String": ""}, "behavior": "Isolated", "invert": False}
+    content = {"version": "1.0", "model": tokenizer, "pre_tokenizer": split, "added_tokens": []}
+    content |= {key: None for key in ("truncation", "padding", "normalizer", "post_processor")}
+    content["decoder"] = {"type": "Fuse"}
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    options = ("--model", directory, "--prompt", "hello", "--max-new-tokens", 12)
+    text = run(capsys, *options)[1].out.removesuffix("\n")
+    assert len(text) == 12
+    stop = text[5:7]
+    expected = text[: text.index(stop)] + "\n"
+    assert run(capsys, *options, "--stop", stop)[1].out == expected
+    record = json.loads(run(capsys, *options, "--stop", stop, "--stop", "@@", "--json")[1].out)
+    assert (record["text"], record["finish_reason"]) == (expected[:-1], "stop")
 
 
 def test_bfloat16_generates_too(directory, capsys):

@@ -2,19 +2,22 @@
 
 import json
 import shutil
+import signal
 
 import numpy as np
+import openai
 import pytest
 
 from glm5_jax.__main__ import main as glm5
 from glm5_jax.checkpoint import restore_checkpoint
 from glm5_jax.inference.generate import Generator
-from glm5_jax.inference.sampling import Sampling
+from glm5_jax.inference.request import Sampling
 from glm5_jax.params import leaves_by_path
 from tests import test_sharded as sharded
+from tests.serving import write_model
 from tests.text import prepare_data
 from tests.tiny import random_weights, write_published
-from tests.together import run_together
+from tests.together import run_together, started_together
 from train.__main__ import main as glm5_train
 from train.metrics import read_metrics
 
@@ -78,6 +81,41 @@ def test_generating_prints_the_same_text_once(published, tmp_path, capsys):
     warm = [*command, "--temperature", "1.0"]
     assert glm5(warm) == 0
     assert twice("glm5_jax", *warm)[0] == capsys.readouterr().out != alone.out
+
+
+@pytest.mark.slow
+def test_a_server_of_two_processes_answers_as_one_process_generates(tmp_path, capsys):
+    """And ends in both when the first is told to; the signal that all get is for that one."""
+    model, prompts = write_model(tmp_path / "model"), ["one", "two, three", "x" * 70]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    options = ["--max-new-tokens", "9", "--json", "--temperature", "1", "--mesh", "data=2,model=4"]
+    assert glm5(["generate", "--model", str(model), "--prompts", str(file), *options]) == 0
+    expected = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    command = ["glm5_jax", "serve", "--model", model, "--port", 0, "--context", 256]
+    command += ["--mesh", "data=2,model=4"]
+    with started_together(command, command) as processes:
+        address = processes[0].stdout.readline().split(" at ")[1].strip()
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        whole = client.completions.create(
+            model="model", prompt=prompts[0], max_tokens=9, seed=0, temperature=1
+        )
+        assert whole.choices[0].text == expected[0]["text"]
+        for prompt in prompts[1:]:
+            stream = client.completions.create(
+                model="model", prompt=prompt, max_tokens=9, temperature=0, stream=True
+            )
+            assert next(iter(stream)).choices[0].text
+            stream.close()
+        again = client.completions.create(
+            model="model", prompt=prompts[0], max_tokens=9, seed=0, temperature=1
+        )
+        assert again.choices[0].text == whole.choices[0].text
+        client.close()
+        for process in reversed(processes):
+            process.send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
 
 
 @pytest.mark.slow

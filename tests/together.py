@@ -24,8 +24,9 @@ def free_port():
         return server.getsockname()[1]
 
 
-def run_together(*commands, folders=None, seconds=300):
-    """Runs modules with their arguments, one process each, in folders of their own if any."""
+@contextlib.contextmanager
+def started_together(*commands, folders=None):
+    """Modules with their arguments, one process each; killed at the end if they still run."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": _FLAGS}
     environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
     flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", str(len(commands))]
@@ -46,5 +47,11 @@ def run_together(*commands, folders=None, seconds=300):
         ]
         for process in started:  # whatever happens, none is waited for any longer
             stack.callback(process.kill)
+        yield started
+
+
+def run_together(*commands, folders=None, seconds=300):
+    """The same, until they have ended: how each did."""
+    with started_together(*commands, folders=folders) as started:
         outputs = [process.communicate(timeout=seconds) for process in started]
     return [Ended(p.returncode, *text) for p, text in zip(started, outputs, strict=True)]

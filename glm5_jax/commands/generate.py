@@ -1,27 +1,31 @@
 """`glm5 generate`: continuations of prompts."""
 
 import argparse
+import hashlib
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from glm5_jax.commands.arguments import (
-    LARGEST_SEED,
-    add_model,
-    integer,
-    load,
-    non_negative,
-    require_same_input,
+from glm5_jax.commands.arguments import add_model, integer, require_same_input
+from glm5_jax.commands.asking import (
+    add_engine,
+    add_sampling,
+    check_engine,
+    make_engine,
+    sampling_of,
 )
+from glm5_jax.commands.prompts import encode_prompt, read_prompts
+from glm5_jax.commands.results import appending, read_results
 from glm5_jax.console import add_command, notice, progress
 from glm5_jax.errors import InputError
-from glm5_jax.processes import add_processes, one_program
-from glm5_jax.strict_json import parse_json
+from glm5_jax.inference.continuation import Continuation
+from glm5_jax.inference.request import Request, Work, check_request
+from glm5_jax.processes import add_processes, on_first, one_program
 
 if TYPE_CHECKING:
-    from glm5_jax.inference.generate import Generator
-    from glm5_jax.inference.sampling import Sampling
+    from glm5_jax.inference.engine import Engine
     from glm5_jax.inference.tokenizer import Tokenizer
 
 
@@ -52,36 +56,29 @@ def add(commands: Any) -> None:
         type=integer(1),
         required=True,
         metavar="N",
-        help="tokens to generate unless a stop token comes before",
+        help="tokens to generate unless the text ends before",
     )
     command.add_argument(
-        "--temperature",
-        type=non_negative,
-        default=0.0,
-        metavar="X",
-        help="0 takes the likeliest token",
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a text that ends a continuation, and is not shown; may be given several times",
     )
     command.add_argument(
-        "--seed",
-        type=integer(0, LARGEST_SEED),
-        default=0,
-        metavar="S",
-        help="of tokens drawn at a temperature",
-    )
-    command.add_argument(
-        "--context",
-        type=integer(1),
-        metavar="N",
-        help="most tokens of a prompt and its continuation (default: all the model can take)",
-    )
-    command.add_argument(
-        "--batch-size", type=integer(1), default=8, metavar="N", help="prompts continued together"
+        "--out",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="write what --json prints there, as it comes; a run that ended early is continued",
     )
     command.add_argument(
         "--json",
         action="store_true",
-        help="print a JSON object per prompt: prompt_tokens, tokens, text, finish_reason",
+        help="print a JSON object per prompt: index, prompt_tokens, tokens, text, finish_reason, "
+        "and the work that it took",
     )
+    add_sampling(command)
+    add_engine(command)
     add_processes(command)
 
 
@@ -101,48 +98,125 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    requests = _requests(args)
+    asked = read_prompts(args)
 
-    from glm5_jax.inference.generate import Generator, check_prompt
-    from glm5_jax.inference.sampling import Sampling
-    from glm5_jax.inference.tokenizer import stop_tokens
+    from glm5_jax.inference.generation_config import stop_tokens
     from glm5_jax.load import read_model_config
 
     config = read_model_config(args.model).config
-    if args.context is not None and args.context > config.max_positions:
-        raise InputError(
-            f"--context is {args.context}, expected at most the model's {config.max_positions}"
+    check_engine(args, config)
+    is_text = any("prompt_tokens" not in each for each in asked) or bool(args.stop)
+    tokenizer = _tokenizer(args.model, needed=is_text)
+    sampling, stop = sampling_of(args), stop_tokens(args.model, config.eos_ids)
+    requests = [
+        Request(
+            prompt=tuple(encode_prompt(each, tokenizer)),
+            max_new_tokens=args.max_new_tokens,
+            sampling=sampling,
+            number=number,
+            stop=stop,
         )
-    tokenizer = _tokenizer(args.model, needed=any("prompt_tokens" not in r for r in requests))
-    prompts = [_prompt(request, tokenizer) for request in requests]
-    for number, prompt in enumerate(prompts, start=1):
-        check_prompt(prompt, args.max_new_tokens, config, args.context, f"prompt {number}")
-    stop = stop_tokens(args.model, config.eos_ids)
+        for number, each in enumerate(asked)
+    ]
+    context = args.context or config.max_positions
+    for request in requests:
+        check_request(request, config.vocab_size, context, f"prompt {request.number + 1}")
     num_tokens = tokenizer.num_tokens if tokenizer else None
-    require_same_input(
-        args, config=config, prompts=prompts, stop_tokens=sorted(stop), vocabulary=num_tokens
-    )
-    model, partition = load(args)
-    generator = Generator(model, partition, stop=stop, num_tokens=num_tokens, context=args.context)
-    sampling = Sampling(temperature=args.temperature, seed=args.seed)
-    if len(prompts) == 1 and tokenizer and not args.json:
-        _stream(generator, prompts[0], args.max_new_tokens, sampling, tokenizer)
-        return
-    with progress("generate", len(prompts)) as advance:
-        for first in range(0, len(prompts), args.batch_size):
-            batch = prompts[first : first + args.batch_size]
-            completions = generator.complete(batch, args.max_new_tokens, sampling, first)
-            pairs = zip(batch, completions, strict=True)
-            for number, (prompt, completion) in enumerate(pairs, start=first + 1):
-                text = tokenizer.decode(completion.tokens) if tokenizer else None
-                if args.json:
-                    fields = {"prompt_tokens": prompt, "tokens": completion.tokens, "text": text}
-                    print(json.dumps(fields | {"finish_reason": completion.finish_reason}))
-                else:
-                    if len(prompts) > 1:
-                        print(f"--- prompt {number}")
-                    print(",".join(map(str, completion.tokens)) if text is None else text)
-                advance(1)
+    values = {"config": config, "requests": requests, "vocabulary": num_tokens, "stop": args.stop}
+    run = hashlib.sha256(repr(values).encode()).hexdigest()[:12]
+    done = set() if args.out is None else read_results(args.out, run, len(requests))
+    require_same_input(args, **values, done=sorted(done))
+    longest = max(len(request.prompt) for request in requests) + args.max_new_tokens
+    engine = make_engine(args, num_tokens, longest)
+    left = [request for request in requests if request.number not in done]
+    if args.out is not None:
+        tokens = 0
+        with on_first(lambda: appending(args.out)) as write:
+            for result in _finish(engine, left, tokenizer, args.stop):
+                tokens += len(result.tokens)
+                if write is not None:
+                    write(result.record() | {"run": run})
+        print(f"{args.out}: {len(left)} prompts, {len(done)} before, {tokens} new tokens")
+    elif len(requests) == 1 and tokenizer and not args.json:
+        _stream(engine, requests[0], tokenizer, args.stop)
+    else:
+        for result in _in_order(_finish(engine, requests, tokenizer, args.stop)):
+            if args.json:
+                print(json.dumps(result.record()))
+                continue
+            if len(requests) > 1:
+                print(f"--- prompt {result.request.number + 1}")
+            text = ",".join(map(str, result.tokens)) if result.text is None else result.text
+            print(text)
+
+
+class _Result(NamedTuple):
+    """What became of a request."""
+
+    request: Request
+    tokens: list[int]
+    text: str | None  # None without a tokenizer
+    finish_reason: str
+    work: Work | None
+
+    def record(self) -> dict[str, Any]:
+        """The same as it is written in JSON."""
+        return {
+            "index": self.request.number,
+            "prompt_tokens": list(self.request.prompt),
+            "tokens": self.tokens,
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "work": self.work and self.work._asdict(),
+        }
+
+
+def _finish(
+    engine: "Engine",
+    requests: Sequence[Request],
+    tokenizer: "Tokenizer | None",
+    stop: Sequence[str],
+) -> Iterator[_Result]:
+    """Continues all requests, with a progress bar; gives each when it is complete."""
+    from rich.progress import TextColumn
+
+    decode = tokenizer.decode if tokenizer else _no_text
+    asked = {engine.submit(request): request for request in requests}
+    tokens: dict[int, list[int]] = {number: [] for number in asked}
+    texts = {number: Continuation(decode, stop) for number in asked}
+    parts: dict[int, str] = dict.fromkeys(asked, "")
+    begun, total = time.monotonic(), 0
+    rate = TextColumn("{task.completed}/{task.total} prompts, {task.fields[rate]:.0f} tokens/s")
+    with progress("generate", len(asked), rate, rate=0.0) as advance:
+        while not engine.is_idle:
+            for event in engine.step():
+                number, total = event.request, total + 1
+                if number not in asked:  # its text ended, at a stop string
+                    continue
+                part = texts[number].push(event)
+                tokens[number].append(event.token)
+                parts[number] += part.text
+                if part.finish_reason is None:
+                    continue
+                work = event.work or engine.cancel(number)
+                text = parts[number] if tokenizer else None
+                yield _Result(asked.pop(number), tokens[number], text, part.finish_reason, work)
+                advance(1, rate=total / (time.monotonic() - begun))
+
+
+def _in_order(results: Iterator[_Result]) -> Iterator[_Result]:
+    """Results in the order of their requests, each as soon as all before it are there."""
+    early: dict[int, _Result] = {}
+    following = 0
+    for result in results:
+        early[result.request.number] = result
+        while following in early:
+            yield early.pop(following)
+            following += 1
+
+
+def _no_text(tokens: Sequence[int]) -> str:
+    return ""
 
 
 def _tokenizer(directory: Path, *, needed: bool) -> "Tokenizer | None":
@@ -160,71 +234,17 @@ def _tokenizer(directory: Path, *, needed: bool) -> "Tokenizer | None":
         return None
 
 
-def _requests(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What to continue: objects with one of `prompt`, `prompt_tokens` and `messages`."""
-    if args.prompt is not None:
-        return [{"prompt": args.prompt}]
-    if args.prompt_tokens is not None:
-        return [{"prompt_tokens": args.prompt_tokens}]
-    try:
-        text = args.prompts.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{args.prompts}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{args.prompts}: not UTF-8: {error}") from None
-    requests = []
-    # Not splitlines: a JSON string may hold characters that Unicode counts as ends of lines.
-    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
-        where = f"{args.prompts}, line {number}"
-        request = parse_json(line, where)
-        kinds = [kind for kind in _KINDS if kind in request]
-        if len(kinds) != 1 or not _KINDS[kinds[0]](request[kinds[0]]):
-            raise InputError(
-                f'{where}: expected one of "prompt" with a text, "prompt_tokens" with a list of '
-                'token ids and "messages" with a list of objects'
-            )
-        requests.append(request)
-    if not requests:
-        raise InputError(f"{args.prompts}: is empty, expected one object per line")
-    return requests
-
-
-_KINDS: dict[str, Callable[[Any], bool]] = {
-    "prompt": lambda value: isinstance(value, str),
-    "prompt_tokens": lambda value: (
-        isinstance(value, list) and all(type(token) is int for token in value)
-    ),
-    "messages": lambda value: (
-        isinstance(value, list) and all(isinstance(message, dict) for message in value)
-    ),
-}
-
-
-def _prompt(request: dict[str, Any], tokenizer: "Tokenizer | None") -> list[int]:
-    if "prompt_tokens" in request:
-        tokens: list[int] = request["prompt_tokens"]
-        return tokens
-    assert tokenizer is not None
-    if "messages" in request:
-        return tokenizer.encode_chat(request["messages"])
-    return tokenizer.encode(request["prompt"])
-
-
 def _stream(
-    generator: "Generator",
-    prompt: list[int],
-    max_new_tokens: int,
-    sampling: "Sampling",
-    tokenizer: "Tokenizer",
+    engine: "Engine", request: Request, tokenizer: "Tokenizer", stop: Sequence[str]
 ) -> None:
     """Prints the text of one prompt's continuation as it comes."""
-    tokens: list[int] = []
-    printed = ""
-    for event in generator.generate([prompt], max_new_tokens, sampling):
-        tokens.append(event.token)
-        text = tokenizer.decode(tokens)
-        # A character may take several tokens; until it is whole its text ends in U+FFFD.
-        if event.finish_reason or not text.endswith("\ufffd"):
-            print(text[len(printed) :], end="", flush=True)
-            printed = text
+    continuation = Continuation(tokenizer.decode, stop)
+    number = engine.submit(request)
+    while not engine.is_idle:
+        for event in engine.step():
+            part = continuation.push(event)
+            print(part.text, end="", flush=True)
+            if part.finish_reason is not None:
+                engine.cancel(number)
+                break
     print()
