@@ -31,8 +31,7 @@ def short_pages(monkeypatch):
     """Pages and portions so short that prompts have many."""
     monkeypatch.setattr("glm5_jax.inference.steps._SHORTEST_PAGE", 4)
     monkeypatch.setattr("glm5_jax.inference.steps._SHORTEST_PART", 4)
-    monkeypatch.setattr(engine_module, "PREFILL_LENGTH", 16)
-    monkeypatch.setattr(engine_module, "_SHORTEST_PORTION", 8)
+    monkeypatch.setattr(engine_module, "PORTIONS", (8, 16))
 
 
 @pytest.fixture(scope="module")

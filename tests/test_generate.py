@@ -56,7 +56,7 @@ def test_greedy_generation_equals_reading_everything_again(model):
 
 def test_a_prompt_is_continued_the_same_alone_and_in_portions(model, monkeypatch):
     together = Generator(model).complete(PROMPTS, 6, GREEDY)
-    monkeypatch.setattr(engine_module, "PREFILL_LENGTH", 8)
+    monkeypatch.setattr(engine_module, "PORTIONS", (8,))
     for prompt, expected in zip(PROMPTS, together, strict=True):
         assert Generator(model).complete([prompt], 6, GREEDY) == [expected]
 

@@ -55,6 +55,8 @@ def test_memory_and_work_are_those_of_the_model(capsys, job):
     expected = weight_bytes("demo", rules, found["mesh"], "float32")
     assert memory["weights"] == expected == sum(found["weights"].values())
     assert found["fits"] and memory["arguments"] <= found["compiled"]["peak"]
+    temporaries = found["compiled"]["peak"] - memory["arguments"]
+    assert found["compiled"]["temporaries"] == temporaries
     if job == "train":  # two numbers for every weight that is moved, and a few counters
         moments = memory["optimizer"] / expected
         assert 1.9 < moments < 2.0

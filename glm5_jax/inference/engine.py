@@ -30,8 +30,8 @@ from glm5_jax.inference.steps import (
 from glm5_jax.model import Glm5, for_decoding
 from glm5_jax.sharding import Partition, on_one_device
 
-PREFILL_LENGTH = 512  # tokens of a prompt read at once
-_SHORTEST_PORTION = 32
+# Tokens of a prompt that are read at once: as few lengths as need be, for each is compiled.
+PORTIONS = (32, 128, 512)
 _USUAL_LENGTH = 4096  # tokens that there is room for in every slot, unless told
 
 
@@ -173,8 +173,8 @@ class Engine:
         """Reads the next tokens of the rows at the given places, one of each shard."""
         running, shards = self._schedule.running, len(self._schedule.pools)
         rows = {shard: running[place] for shard, place in reading.items()}
-        counts = {shard: min(row.unread, PREFILL_LENGTH) for shard, row in rows.items()}
-        length = _power_of_two(max(counts.values()), _SHORTEST_PORTION)
+        counts = {shard: min(row.unread, PORTIONS[-1]) for shard, row in rows.items()}
+        length = min(size for size in PORTIONS if size >= max(counts.values()))
         portion = Portion(
             token_RT=np.zeros((shards, length), np.int32),
             count_R=np.zeros(shards, np.int32),
@@ -273,7 +273,3 @@ def _likelihood(
 ) -> Likelihood:
     pairs = zip(best_M.tolist(), best_logprob_M.tolist(), strict=True)
     return Likelihood(float(logprob), tuple(pairs)[: request.alternatives])
-
-
-def _power_of_two(size: int, least: int) -> int:
-    return max(least, 1 << (size - 1).bit_length())

@@ -26,6 +26,7 @@ from glm5_jax.model import Glm5, forward, logits, read_ahead
 from glm5_jax.sharding import Partition
 
 _SHORTEST_PAGE, _SHORTEST_PART = 64, 16  # tokens of a page, and of a shard's part of it
+_NARROWEST_TABLE = 8  # pages of a row
 _EQUAL = PartitionSpec()  # what every device is given whole
 _ROWS = PartitionSpec(BATCH)
 
@@ -202,9 +203,8 @@ def page_size_for(partition: Partition) -> int:
 
 
 def table_width(num_pages: int) -> int:
-    """So many pages rounded up: to 1, 2, 3, 4, 6, 8, 12, ..., so that few widths are compiled."""
-    power = 1 << (num_pages - 1).bit_length()
-    return power * 3 // 4 if power >= 4 and num_pages <= power * 3 // 4 else power
+    """So many pages rounded up to a power of two, so that few widths are compiled."""
+    return max(_NARROWEST_TABLE, 1 << (num_pages - 1).bit_length())
 
 
 def empty_state(build: Build, batch: int, num_pages: int, page_size: int) -> State:

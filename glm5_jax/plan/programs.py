@@ -12,7 +12,7 @@ from glm5_jax.config import Config
 from glm5_jax.errors import InputError
 from glm5_jax.experts import BLOCK_LOOP, expected_blocks
 from glm5_jax.indexer import PAGE_LOOP, pages_of_block
-from glm5_jax.inference.engine import PREFILL_LENGTH
+from glm5_jax.inference.engine import PORTIONS
 from glm5_jax.inference.sampling import Choices
 from glm5_jax.inference.steps import (
     Build,
@@ -112,7 +112,7 @@ def _decode(config: Config, partition: Partition, work: Work) -> Program:
 def _prefill(config: Config, partition: Partition, work: Work) -> Program:
     """One portion of each row, the last of the context and so the slowest."""
     build, weights, state, pages = _start(config, partition, work)
-    length = min(PREFILL_LENGTH, work.context)
+    length = min(PORTIONS[-1], work.context)
     row = jax.ShapeDtypeStruct((work.batch,), jnp.int32)
     portion = Portion(
         token_RT=jax.ShapeDtypeStruct((work.batch, length), jnp.int32),

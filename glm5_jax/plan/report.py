@@ -67,6 +67,11 @@ class Plan:
         return self.compiled["peak"] if self.compiled else None
 
     @property
+    def temporaries(self) -> float | None:
+        """What a step needs beside its arguments, at the peak; None as that is."""
+        return None if self.peak is None else self.peak - self.arguments
+
+    @property
     def fits(self) -> bool | None:
         """Whether it fits; None if that is not known without compiling."""
         if self.arguments > self.limit:

@@ -15,7 +15,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "tokens": plan.tokens,
         "memory": {**plan.memory, "arguments": plan.arguments, "limit": plan.limit},
         "weights": dict(plan.weights),
-        "compiled": plan.compiled,
+        "compiled": plan.compiled and {**plan.compiled, "temporaries": plan.temporaries},
         "fits": plan.fits,
         "flops": dict(plan.costs.flops),
         "hbm_bytes": plan.costs.hbm_bytes,
@@ -41,7 +41,8 @@ def format_plan(title: str, plan: Plan) -> str:
         if name == "weights":
             lines.extend(f"    {part:22}{_gib(of)}" for part, of in plan.weights.items() if of)
     add("all arguments", _gib(plan.arguments))
-    if plan.peak is not None:
+    if plan.temporaries is not None and plan.peak is not None:
+        add("temporaries, compiled", _gib(plan.temporaries))
         add("peak, compiled", _gib(plan.peak))
     add("a program can have", _gib(plan.limit))
     add("", verdict(plan))
