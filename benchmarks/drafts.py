@@ -20,7 +20,7 @@ from glm5_jax.inference.tokenizer import Tokenizer
 from glm5_jax.load import load_model
 
 _DRAFTS = (0, 1, 2, 3, 4)
-_NEW_TOKENS, _PROMPTS, _ROUNDS = 96, 8, 5
+_NEW_TOKENS, _PROMPTS, _ROUNDS = 96, 8, 3
 _WAYS = {"greedy": Sampling(), "temperature 0.7": Sampling(temperature=0.7, top_p=0.95)}
 
 

@@ -1,3 +1,4 @@
+import fcntl
 import json
 import shutil
 
@@ -230,6 +231,10 @@ def test_a_run_that_ended_early_is_continued(directory, capsys, tmp_path):
     before = out.read_text()
     status, output = run(capsys, "--model", directory, *options, "--seed", 1)
     assert status == 2 and "line 1: run is" in output.err and out.read_text() == before
+    with out.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        status, output = run(capsys, "--model", directory, *options)
+        assert status == 2 and "another run writes to it" in output.err
     out.write_text(before + before.splitlines(keepends=True)[0])
     status, output = run(capsys, "--model", directory, *options)
     assert status == 2 and "line 5: index is" in output.err

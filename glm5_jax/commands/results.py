@@ -1,6 +1,7 @@
 """A file of results, one JSON object per line, that a run may be continued with."""
 
 import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -50,8 +51,16 @@ def read_results(path: Path, run: str, prompts: int) -> set[int]:
 
 @contextlib.contextmanager
 def appending(path: Path) -> Iterator[Write]:
-    """Gives a function that adds a result to a file; each one is whole, or it is not there."""
+    """Gives a function that adds a result to a file; each one is whole, or it is not there.
+
+    Raises:
+      InputError: another process does the same.
+    """
     with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path}: another run writes to it, expected one at a time") from None
         file.seek(0)
         whole = file.read().rfind(b"\n") + 1
         file.truncate(whole)

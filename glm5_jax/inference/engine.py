@@ -159,7 +159,8 @@ class Engine:
         )
 
     def _begin(self, place: int, row: Row) -> None:
-        if not row.num_generated:
+        if not row.was_begun:
+            row.was_begun = True
             reused = row.num_found * row.page_size
             row.work = row.work._replace(reused_tokens=reused)
             self._counts["reused_tokens"] += reused
