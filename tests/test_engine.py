@@ -1,3 +1,4 @@
+import collections
 import itertools
 
 import jax
@@ -42,7 +43,7 @@ def trained():
 def finish(engine, requests):
     """The events of each request, all submitted at once."""
     numbers = [engine.submit(request) for request in requests]
-    events = {number: [] for number in numbers}
+    events = collections.defaultdict(list)  # of other requests too
     while not engine.is_idle:
         for event in engine.step():
             events[event.request].append(event)
@@ -314,3 +315,28 @@ def test_drafting_without_the_layer_is_refused():
     model = random_model(LEARNER | {"num_nextn_predict_layers": 0})
     with pytest.raises(InputError, match="no MTP layer"):
         Engine(model, draft_tokens=1)
+
+
+def test_a_prompt_is_read_the_same_while_others_go_on(trained):
+    """What the MTP layer keeps of it, too: drafts of others must not get between its portions."""
+    long, short = tuple(text(5, 45)), tuple(text(6, 3))
+    found = []
+    for neighbours in (0, 2):
+        engine = Engine(trained, slots=SLOTS, context=64, draft_tokens=3)
+        for number in range(neighbours):
+            engine.submit(Request(prompt=short, max_new_tokens=40, number=number))
+            engine.step()
+        (events,) = finish(engine, [Request(prompt=long, max_new_tokens=15)])
+        found.append(([event.token for event in events], events[-1].work))
+    assert found[0] == found[1]
+
+
+def test_choices_of_one_prompt_are_read_once(trained):
+    way = Sampling(temperature=1.0, seed=1)
+    requests = [
+        Request(prompt=tuple(text(5, 45)), max_new_tokens=5, sampling=way, number=number)
+        for number in range(SLOTS)
+    ]
+    engine = Engine(trained, slots=SLOTS, context=64, draft_tokens=3)
+    reused = [events[-1].work.reused_tokens for events in finish(engine, requests)]
+    assert reused == [0] + [44] * (SLOTS - 1)

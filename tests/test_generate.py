@@ -235,6 +235,10 @@ def test_a_run_that_ended_early_is_continued(directory, capsys, tmp_path):
         fcntl.flock(other, fcntl.LOCK_EX)
         status, output = run(capsys, "--model", directory, *options)
         assert status == 2 and "another run writes to it" in output.err
+    out.write_text('{"prompt": "the only copy"}')  # no line has ended
+    status, output = run(capsys, "--model", directory, *options)
+    assert status == 2 and "expected a result of glm5 generate" in output.err
+    assert out.read_text() == '{"prompt": "the only copy"}'
     out.write_text(before + before.splitlines(keepends=True)[0])
     status, output = run(capsys, "--model", directory, *options)
     assert status == 2 and "line 5: index is" in output.err

@@ -142,6 +142,13 @@ def _around(top_p):
     return [min(1.0, top_p + 1e-6), max(1e-9, top_p - 1e-6)]
 
 
+@pytest.mark.parametrize("top_p", [1e-60, 1e-40, 1e-38, 1e-30])
+def test_the_likeliest_token_is_never_left_out(top_p):
+    logits = np.random.default_rng(0).standard_normal(VOCABULARY).astype(np.float32)
+    kept = probabilities(logits, Sampling(temperature=1.0, top_p=top_p))
+    np.testing.assert_array_equal(kept, np.arange(VOCABULARY) == np.argmax(logits))
+
+
 def test_equally_likely_tokens_stay_together():
     logits = np.array([1.0, 0.0, 1.0, 1.0, -2.0], np.float32)
     kept = probabilities(logits, Sampling(temperature=1.0, top_k=2))
@@ -218,7 +225,9 @@ def test_likelihoods_are_of_the_bare_scores_and_in_order():
         ("top_p", float("nan")),
         ("min_p", -0.1),
         ("min_p", 1.1),
+        ("top_k", 2**31),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e39),
         ("presence_penalty", 2.5),
         ("frequency_penalty", float("nan")),
         ("logit_bias", {3: 101.0}),

@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
-from glm5_jax.commands.arguments import LARGEST_SEED
 from glm5_jax.errors import InputError
+from glm5_jax.inference.request import LARGEST_SEED
 
 _FLOAT32_END = 2.0**128  # training computes in float32, where this is infinity
 

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from glm5_jax.sharding import Partition
 
 
-LARGEST_SEED = 2**32 - 1  # jax.random.key drops higher bits
-
-
 def integer(low: int, high: int = 2**53) -> Callable[[str], int]:
     """The type of an argument that is an integer from `low` to `high`."""
 
@@ -150,6 +147,19 @@ def require_same_input(args: argparse.Namespace, **values: object) -> None:
         for name, value in values.items()
     }
     require_same("input", digests, int(args.start_timeout))
+
+
+def checkpoint_identity(directory: Path) -> str:
+    """A digest of what a model's directory has: names and sizes of its files, and small ones whole.
+
+    Native checkpoints have a manifest with digests of all weights among these.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(directory.rglob("*.json")):
+        digest.update(path.read_bytes())
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    digest.update(repr([(str(p.relative_to(directory)), p.stat().st_size) for p in files]).encode())
+    return digest.hexdigest()
 
 
 def report_unknown_keys(directory: Path, keys: tuple[str, ...]) -> None:

@@ -4,11 +4,11 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from glm5_jax.commands.arguments import add_model, integer, require_same_input
+from glm5_jax.commands.arguments import add_model, checkpoint_identity, integer, require_same_input
 from glm5_jax.commands.asking import (
     add_engine,
     add_sampling,
@@ -17,8 +17,9 @@ from glm5_jax.commands.asking import (
     sampling_of,
 )
 from glm5_jax.commands.prompts import encode_prompt, read_prompts
-from glm5_jax.commands.results import appending, read_results
+from glm5_jax.commands.results import open_results
 from glm5_jax.console import add_command, notice, progress
+from glm5_jax.coordination import said_by_all
 from glm5_jax.errors import InputError
 from glm5_jax.inference.continuation import Continuation
 from glm5_jax.inference.request import Request, Work, check_request
@@ -122,32 +123,56 @@ def _generate(args: argparse.Namespace) -> None:
     for request in requests:
         check_request(request, config.vocab_size, context, f"prompt {request.number + 1}")
     num_tokens = tokenizer.num_tokens if tokenizer else None
-    values = {"config": config, "requests": requests, "vocabulary": num_tokens, "stop": args.stop}
-    run = hashlib.sha256(repr(values).encode()).hexdigest()[:12]
-    done = set() if args.out is None else read_results(args.out, run, len(requests))
-    require_same_input(args, **values, done=sorted(done))
+    values = {
+        "config": config,
+        "checkpoint": checkpoint_identity(args.model),
+        "requests": requests,
+        "vocabulary": num_tokens,
+    }
+    require_same_input(args, **values)
     longest = max(len(request.prompt) for request in requests) + args.max_new_tokens
-    engine = make_engine(args, num_tokens, longest)
-    left = [request for request in requests if request.number not in done]
+
+    def finish(left: Sequence[Request]) -> Iterator[_Result]:
+        engine = make_engine(args, num_tokens, longest)
+        return _finish(engine, left, tokenizer, args.stop)
+
     if args.out is not None:
-        tokens = 0
-        with on_first(lambda: appending(args.out)) as write:
-            for result in _finish(engine, left, tokenizer, args.stop):
-                tokens += len(result.tokens)
-                if write is not None:
-                    write(result.record() | {"run": run})
-        print(f"{args.out}: {len(left)} prompts, {len(done)} before, {tokens} new tokens")
+        run = hashlib.sha256(repr((values, args.stop, args.dtype)).encode()).hexdigest()[:12]
+        _append(args, requests, run, finish)
     elif len(requests) == 1 and tokenizer and not args.json:
+        engine = make_engine(args, num_tokens, longest)
         _stream(engine, requests[0], tokenizer, args.stop)
     else:
-        for result in _in_order(_finish(engine, requests, tokenizer, args.stop)):
-            if args.json:
-                print(json.dumps(result.record()))
-                continue
-            if len(requests) > 1:
-                print(f"--- prompt {result.request.number + 1}")
-            text = ",".join(map(str, result.tokens)) if result.text is None else result.text
-            print(text)
+        for result in _in_order(finish(requests)):
+            _print(result, as_json=args.json, numbered=len(requests) > 1)
+
+
+def _append(
+    args: argparse.Namespace,
+    requests: Sequence[Request],
+    run: str,
+    finish: Callable[[Sequence[Request]], Iterator["_Result"]],
+) -> None:
+    """Adds the results that are missing to the file of the arguments."""
+    with on_first(lambda: open_results(args.out, run, len(requests))) as results:
+        known = json.dumps(sorted(results.done) if results else [])
+        done = json.loads(said_by_all("results", known, int(args.start_timeout))[0])
+        left = [request for request in requests if request.number not in done]
+        tokens = 0
+        for result in finish(left) if left else ():
+            tokens += len(result.tokens)
+            if results is not None:
+                results.add(result.request.number, result.record() | {"run": run})
+    print(f"{args.out}: {len(left)} prompts, {len(done)} before, {tokens} new tokens")
+
+
+def _print(result: "_Result", *, as_json: bool, numbered: bool) -> None:
+    if as_json:
+        print(json.dumps({"index": result.request.number, **result.record()}))
+        return
+    if numbered:
+        print(f"--- prompt {result.request.number + 1}")
+    print(",".join(map(str, result.tokens)) if result.text is None else result.text)
 
 
 class _Result(NamedTuple):
@@ -162,7 +187,6 @@ class _Result(NamedTuple):
     def record(self) -> dict[str, Any]:
         """The same as it is written in JSON."""
         return {
-            "index": self.request.number,
             "prompt_tokens": list(self.request.prompt),
             "tokens": self.tokens,
             "text": self.text,
@@ -189,7 +213,8 @@ def _finish(
     rate = TextColumn("{task.completed}/{task.total} prompts, {task.fields[rate]:.0f} tokens/s")
     with progress("generate", len(asked), rate, rate=0.0) as advance:
         while not engine.is_idle:
-            for event in engine.step():
+            events = engine.step()
+            for event in events:
                 number, total = event.request, total + 1
                 if number not in asked:  # its text ended, at a stop string
                     continue
@@ -198,7 +223,8 @@ def _finish(
                 parts[number] += part.text
                 if part.finish_reason is None:
                     continue
-                work = event.work or engine.cancel(number)
+                took = (each.work for each in events if each.request == number and each.work)
+                work = next(took, None) or engine.cancel(number)
                 text = parts[number] if tokenizer else None
                 yield _Result(asked.pop(number), tokens[number], text, part.finish_reason, work)
                 advance(1, rate=total / (time.monotonic() - begun))

@@ -4,34 +4,67 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from glm5_jax.errors import InputError
 from glm5_jax.strict_json import parse_json
 
-Write = Callable[[Mapping[str, Any]], None]
+_BEGINNING = '{"index": '  # of every line
 
 
-def read_results(path: Path, run: str, prompts: int) -> set[int]:
-    """The indices of the results that a file has.
+class Results:
+    """The results that a file has, to which more can be added."""
 
-    A last line without an end, as of a run that was killed, does not count.
+    def __init__(self, file: BinaryIO, done: set[int]):
+        self.done = done  # indices of the results that were there before
+        self._file = file
+
+    def add(self, index: int, record: Mapping[str, Any]) -> None:
+        """Adds a result; it is in the file as a whole, or not at all."""
+        self._file.write(json.dumps({"index": index, **record}).encode() + b"\n")
+        self._file.flush()
+
+
+@contextlib.contextmanager
+def open_results(path: Path, run: str, prompts: int) -> Iterator[Results]:
+    """Opens a file of results, new or of a run that ended early.
+
+    A last line without an end, as of a run that was killed, is dropped.
 
     Args:
       run: what tells runs with other options apart; every result has it.
       prompts: how many there are.
 
     Raises:
-      InputError: the file has anything but results of this run.
+      InputError: the file has anything but results of this run, or another run writes to it.
     """
+    with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{path}: another run writes to it, expected one at a time") from None
+        file.seek(0)
+        content = file.read()
+        done = _read(content, path, run, prompts)
+        file.truncate(content.rfind(b"\n") + 1)
+        try:
+            yield Results(file, done)
+        finally:
+            os.fsync(file.fileno())
+            if not file.tell():
+                path.unlink()
+
+
+def _read(content: bytes, path: Path, run: str, prompts: int) -> set[int]:
+    """The indices of the results."""
     try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        *lines, rest = content.decode().split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8: {error}") from None
     done = set()
-    for number, line in enumerate(text.split("\n")[:-1], start=1):
+    for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         record = parse_json(line, where)
         index = record.get("index")
@@ -46,28 +79,8 @@ def read_results(path: Path, run: str, prompts: int) -> set[int]:
                 "another model, other prompts or options; give another --out"
             )
         done.add(index)
+    if not rest.startswith(_BEGINNING[: len(rest)]):
+        raise InputError(
+            f"{path}, line {len(lines) + 1}: is {rest!r:.80}, expected a result of glm5 generate"
+        )
     return done
-
-
-@contextlib.contextmanager
-def appending(path: Path) -> Iterator[Write]:
-    """Gives a function that adds a result to a file; each one is whole, or it is not there.
-
-    Raises:
-      InputError: another process does the same.
-    """
-    with path.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{path}: another run writes to it, expected one at a time") from None
-        file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
-
-        def write(record: Mapping[str, Any]) -> None:
-            file.write(json.dumps(record).encode() + b"\n")
-            file.flush()
-
-        yield write
-        os.fsync(file.fileno())

@@ -86,7 +86,9 @@ class Engine:
             cache_tokens = usual if context is None else max(usual, num_shards * most)
         pages_per_shard = -(-cache_tokens // (num_shards * page_size))
         self.context = min(most, pages_per_shard * page_size)
-        self._schedule = Schedule(self.slots, num_shards, pages_per_shard, page_size)
+        self._schedule = Schedule(
+            self.slots, num_shards, pages_per_shard, page_size, drafts=draft_tokens > 0
+        )
         self._model = partition.place(model, Glm5(config))
         if partition.platform == "cpu":
             self._model = for_decoding(self._model)
@@ -133,7 +135,7 @@ class Engine:
         Returns:
           The new tokens, those of each request in order.
         """
-        for place, row in self._schedule.admit(drafts=self._drafts > 0):
+        for place, row in self._schedule.admit():
             self._begin(place, row)
         if reading := self._schedule.next_to_read():
             self._read(reading)
@@ -159,16 +161,19 @@ class Engine:
         )
 
     def _begin(self, place: int, row: Row) -> None:
-        if not row.was_begun:
-            row.was_begun = True
-            reused = row.num_found * row.page_size
-            row.work = row.work._replace(reused_tokens=reused)
-            self._counts["reused_tokens"] += reused
-            self._counts["prompt_tokens"] += len(row.tokens)
         row_of_shard = self._nowhere()
         row_of_shard[self._schedule.shard(place)] = place % self._schedule.rows_per_shard
         seen = row.seen(self.config.vocab_size)
         self._state = self._steps.begin(self._state, row_of_shard, *seen)
+
+    def _count_prompt(self, row: Row) -> None:
+        """Before a row is first read or moved on."""
+        if not row.was_read:
+            row.was_read = True
+            reused = row.num_found * row.page_size
+            row.work = row.work._replace(reused_tokens=reused)
+            self._counts["reused_tokens"] += reused
+            self._counts["prompt_tokens"] += len(row.request.prompt)
 
     def _read(self, reading: dict[int, int]) -> None:
         """Reads the next tokens of the rows at the given places, one of each shard."""
@@ -185,6 +190,7 @@ class Engine:
             row_R=self._nowhere(),
         )
         for shard, row in rows.items():
+            self._count_prompt(row)
             start, count = row.length, counts[shard]
             portion.token_RT[shard, :count] = row.tokens[start : start + count]
             portion.count_R[shard] = count
@@ -214,6 +220,7 @@ class Engine:
             ),
         )
         for place, row in moving.items():
+            self._count_prompt(row)
             fresh = row.tokens[-max(1, row.num_fresh) :]
             turn.token_BT[place, : len(fresh)] = fresh
             turn.num_fresh_B[place] = row.num_fresh

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from glm5_jax.collectives import BATCH
-from glm5_jax.config import Config
 from glm5_jax.inference.engine import Engine
 from glm5_jax.inference.request import Request, Sampling, check_request
 from glm5_jax.model import Glm5
@@ -125,8 +124,9 @@ class Generator:
         num_shards = self._partition.num_shards(BATCH)
         slots = -(-min(len(requests), _MOST_TOGETHER) // num_shards) * num_shards
         longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
-        if self._engine and self._engine.slots >= slots and self._engine.context >= longest:
-            return self._engine
+        engine = self._engine
+        if engine and engine.is_idle and engine.slots >= slots and engine.context >= longest:
+            return engine
         context = min(_bucket(longest), self._context)
         self._engine = Engine(
             self._model,
@@ -138,16 +138,6 @@ class Generator:
             draft_tokens=self._draft_tokens,
         )
         return self._engine
-
-
-def check_prompt(
-    prompt: Sequence[int], max_new_tokens: int, config: Config, context: int | None, name: str
-) -> None:
-    """Raises `InputError` if a prompt cannot be continued by that many tokens."""
-    most = config.max_positions if context is None else min(context, config.max_positions)
-    check_request(
-        Request(prompt=tuple(prompt), max_new_tokens=max_new_tokens), config.vocab_size, most, name
-    )
 
 
 def _bucket(length: int) -> int:

@@ -45,14 +45,14 @@ class Sampling:
             temperature,
             "a number of at least 0",
         )
-        _require(self.top_k >= 0, "top_k", self.top_k, "an integer of at least 0")
+        _require(0 <= self.top_k < 2**31, "top_k", self.top_k, f"an integer from 0 to {2**31 - 1}")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0 and up to 1")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "a number from 0 to 1")
         _require(
-            finite(repetition) and repetition > 0,
+            1e-3 <= repetition <= 1e3,
             "repetition_penalty",
             repetition,
-            "a number above 0",
+            "a number from 0.001 to 1000",
         )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)

@@ -17,7 +17,7 @@ class Row:
     page_size: int
     tokens: list[int]  # the prompt and what was generated
     work: Work = Work(0, 0, 0, 0)
-    was_begun: bool = False  # if it waits, then because it gave way
+    was_read: bool = False  # in part at least; if it waits, then because it gave way
     pages: list[int] = dataclasses.field(default_factory=list)
     length: int = 0  # tokens stored: all but the last, once the prompt was read
     writable: int = 0  # position from which on pages are the row's own

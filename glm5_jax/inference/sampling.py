@@ -159,6 +159,7 @@ def _best(scores_BZ: jax.Array, weight_BZ: jax.Array, target_B: jax.Array) -> ja
 
     bits = jnp.uint32(1) << jnp.arange(31, -1, -1, dtype=jnp.uint32)
     least_B, _ = jax.lax.scan(try_bit, jnp.zeros_like(order_BZ[:, 0]), bits)
+    least_B = jnp.minimum(least_B, jnp.max(order_BZ, axis=-1))  # a target may round to 0
     return jnp.where(order_BZ >= least_B[:, None], scores_BZ, -jnp.inf)
 
 

@@ -13,8 +13,17 @@ class Schedule:
     Its decisions depend on nothing but what it was told, and in which order.
     """
 
-    def __init__(self, num_rows: int, num_shards: int, pages_per_shard: int, page_size: int):
+    def __init__(
+        self,
+        num_rows: int,
+        num_shards: int,
+        pages_per_shard: int,
+        page_size: int,
+        *,
+        drafts: bool,
+    ):
         self.page_size = page_size
+        self.drafts = drafts
         self.waiting: collections.deque[Row] = collections.deque()
         self.rows: list[Row | None] = [None] * num_rows
         self.pools = [PagePool(pages_per_shard) for _ in range(num_shards)]
@@ -34,7 +43,7 @@ class Schedule:
         """The pages for the row at a place."""
         return self.pools[self.shard(place)]
 
-    def admit(self, *, drafts: bool) -> Iterator[tuple[int, Row]]:
+    def admit(self) -> Iterator[tuple[int, Row]]:
         """Gives waiting requests free places, in their order, while there is memory for them."""
         while self.waiting:
             row = self.waiting[0]
@@ -52,9 +61,14 @@ class Schedule:
                 ),
             )
             self.rows[place] = self.waiting.popleft()
-            row.begin(self.pool(place).find(names), drafts=drafts)
-            row.pages += self.pool(place).take(row.missing_pages())
+            self._take_pages(place, row)
             yield place, row
+
+    def _take_pages(self, place: int, row: Row) -> None:
+        """Gives a row the pages that are known already, and others for the rest."""
+        pool = self.pool(place)
+        row.begin(pool.find(row.names(len(row.tokens) - 1)), drafts=self.drafts)
+        row.pages += pool.take(row.missing_pages())
 
     def _free_places(self) -> list[int]:
         return [place for place, row in enumerate(self.rows) if row is None]
@@ -68,9 +82,18 @@ class Schedule:
         """For each shard with prompts to read, the place of the request that came first."""
         first: dict[int, int] = {}
         for place, row in self.running.items():
-            if row.unread:
-                first.setdefault(self.shard(place), place)
+            if row.unread and self.shard(place) not in first:
+                self._look_again(place, row)
+                if row.unread:
+                    first[self.shard(place)] = place
         return first
+
+    def _look_again(self, place: int, row: Row) -> None:
+        """Before a prompt is read: whether one like it was since, as other choices of one are."""
+        names = row.names(len(row.tokens) - 1)
+        if not row.was_read and self.pool(place).count_known(names) > row.num_found:
+            self.pool(place).release(row.pages)
+            self._take_pages(place, row)
 
     def make_room(self, ahead: int) -> dict[int, Row]:
         """The rows that move on, given the pages for as many tokens as they may need.
@@ -88,7 +111,8 @@ class Schedule:
                     (other for other in self.running if self.shard(other) == self.shard(place)),
                     key=lambda other: list(self.running).index(other),
                 )
-                self.waiting.appendleft(self.leave(last))
+                waiting = [self.leave(last), *self.waiting]
+                self.waiting = collections.deque(sorted(waiting, key=lambda row: row.number))
         return {place: row for place, row in self.running.items() if not row.unread}
 
     def settle(self, place: int) -> None:

@@ -100,11 +100,15 @@ def compiled_steps(build: Build) -> Steps:
     compiled: list[str] = []
 
     def begin(
-        state: State, row: jax.Array, bias_Z: jax.Array, in_prompt_Z: jax.Array, count_Z: jax.Array
+        state: State,
+        row_S: jax.Array,
+        bias_Z: jax.Array,
+        in_prompt_Z: jax.Array,
+        count_Z: jax.Array,
     ) -> State:
         """Tells what a row has seen; `row_S` is its number in the shard that has it."""
         compiled.append("begin")
-        row = share(row, BATCH, 0)[0]
+        row = share(row_S, BATCH, 0)[0]
         new = (bias_Z, in_prompt_Z, count_Z)
         pairs = zip(state.seen, new, strict=True)
         return state._replace(seen=Seen(*(old.at[row].set(x, mode="drop") for old, x in pairs)))
@@ -148,7 +152,10 @@ def compiled_steps(build: Build) -> Steps:
         assert output.cache is not None
         logits_BTZ = published(logits(model, output.hidden_BTD, rules), (MODEL,), 2)
         seen, outcome = _verified(logits_BTZ, read_BT, turn, state.seen, num_tokens)
-        before_BTD = output.hidden_BTD if num_drafts else None
+        before_BTD = state.before_BTD
+        if before_BTD is not None:  # others may be amid their prompts
+            active_B11 = turn.active_B[:, None, None]
+            before_BTD = jnp.where(active_B11, output.hidden_BTD, before_BTD)
         outcome = jax.tree.map(lambda each: published(each, BATCH, 0), outcome)
         return State(output.cache.pools, seen, before_BTD), outcome
 
@@ -199,7 +206,8 @@ def _verified(
 
 def page_size_for(partition: Partition) -> int:
     """Tokens of a page: short enough to waste little, long enough to be read at once."""
-    return max(_SHORTEST_PAGE, _SHORTEST_PART * partition.num_shards((MODEL,)))
+    shards = partition.num_shards((MODEL,))
+    return max(-(-_SHORTEST_PAGE // shards), _SHORTEST_PART) * shards
 
 
 def table_width(num_pages: int) -> int:

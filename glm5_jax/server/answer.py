@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Callable
 from typing import Self
 
-from glm5_jax.errors import InputError
 from glm5_jax.inference.request import Event
 from glm5_jax.server.errors import ApiError, timed_out
 from glm5_jax.server.metrics import Metrics
@@ -27,10 +26,8 @@ class Answer:
           give_up: frees the slot of a place.
         """
         loop = asyncio.get_running_loop()
-        self.begun = loop.create_future()  # done once the engine has taken all of them
         self._seconds, self._give_up, self._metrics = seconds, give_up, metrics
         self._start = loop.time()
-        self._untaken = count
         self._running = set(range(count))
         self._first: dict[int, float] = {}  # when the first token of a place came
         self._after: dict[int, int] = {}  # tokens that came after it
@@ -73,16 +70,6 @@ class Answer:
         for place in sorted(self._running):
             self.cancel(place)
 
-    def take(self, refusal: InputError | None) -> None:
-        """Notes what the engine says to one of the requests."""
-        self._untaken -= 1
-        if self.begun.done():
-            return
-        if refusal is not None:
-            self.begun.set_exception(ApiError(400, str(refusal)))
-        elif not self._untaken:
-            self.begun.set_result(None)
-
     def put(self, place: int, event: Event) -> None:
         """Adds a token."""
         now = asyncio.get_running_loop().time()
@@ -98,6 +85,4 @@ class Answer:
 
     def fail(self, error: ApiError) -> None:
         """Ends the answer with an error."""
-        if not self.begun.done():
-            self.begun.set_exception(error)
         self._arrived.put_nowait(error)

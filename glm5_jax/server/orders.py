@@ -6,7 +6,6 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from glm5_jax.errors import InputError
 from glm5_jax.inference.engine import Engine
 from glm5_jax.inference.request import Event, Request, Sampling
 
@@ -39,22 +38,14 @@ class Desk:
         self._requests: dict[int, int] = {}  # ticket -> the engine's number
         self._tickets: dict[int, int] = {}  # and back
 
-    def apply(self, orders: Sequence[Order]) -> dict[int, InputError | None]:
-        """Carries out orders; for every submission, why the engine refuses it if it does."""
-        refusals: dict[int, InputError | None] = {}
+    def apply(self, orders: Sequence[Order]) -> None:
+        """Carries out orders; requests are such as the engine takes."""
         for order in orders:
-            if isinstance(order, Cancellation):
-                if order.ticket in self._requests:
-                    self.engine.cancel(self._forget(order.ticket))
-                continue
-            try:
+            if isinstance(order, Submission):
                 number = self.engine.submit(order.request)
-            except InputError as error:
-                refusals[order.ticket] = error
-                continue
-            self._requests[order.ticket], self._tickets[number] = number, order.ticket
-            refusals[order.ticket] = None
-        return refusals
+                self._requests[order.ticket], self._tickets[number] = number, order.ticket
+            elif order.ticket in self._requests:
+                self.engine.cancel(self._forget(order.ticket))
 
     def step(self) -> list[tuple[int, Event]]:
         """The tokens of one step, each with the ticket that it is for."""

@@ -65,7 +65,7 @@ async def respond(
     }
     if not body.stream:
         return await _unless_gone(request, _whole(service, head, asked, continuations, form))
-    answer = await service.worker.submit(asked, service.limits.seconds)
+    answer = service.worker.submit(asked, service.limits.seconds)
     with_usage = body.stream_options is not None and body.stream_options.include_usage
 
     async def chunks() -> AsyncIterator[dict[str, Any]]:
@@ -86,7 +86,7 @@ async def _whole(
     form: Form,
 ) -> Response:
     said: list[list[Choice]] = [[] for _ in asked]
-    async with await service.worker.submit(asked, service.limits.seconds) as answer:
+    async with service.worker.submit(asked, service.limits.seconds) as answer:
         async for choice in _said(answer, continuations, form):
             said[choice["index"]].append(choice)
     choices = [form.join(each) for each in said]

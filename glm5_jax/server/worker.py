@@ -3,12 +3,12 @@
 import asyncio
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from glm5_jax.errors import InputError
 from glm5_jax.inference.engine import Engine
-from glm5_jax.inference.request import Event, Request
+from glm5_jax.inference.request import Event, Request, check_request
 from glm5_jax.server.answer import Answer
 from glm5_jax.server.errors import RETRY_SECONDS, ApiError, draining, failed
 from glm5_jax.server.metrics import Metrics
@@ -71,12 +71,17 @@ class Worker:
         except TimeoutError:
             self._fail_all(draining())
 
-    async def submit(self, requests: Sequence[Request], seconds: float) -> Answer:
+    def submit(self, requests: Sequence[Request], seconds: float) -> Answer:
         """Hands requests to the engine, to be answered within so many seconds.
 
         Raises:
-          ApiError: the engine refuses them, the queue is full, or the server ends or has failed.
+          ApiError: they cannot be continued, the queue is full, or the server ends or has failed.
         """
+        for request in requests:
+            try:
+                check_request(request, self.config.vocab_size, self.context, "the prompt")
+            except InputError as error:
+                raise ApiError(400, str(error)) from None
         self.check_room(len(requests))
         orders = [Submission(next(self._tickets), request) for request in requests]
 
@@ -89,11 +94,6 @@ class Worker:
         self._open |= {order.ticket: (answer, place) for place, order in enumerate(orders)}
         self._empty.clear()
         self._order(*orders)
-        try:
-            await answer.begun
-        except BaseException:
-            await answer.__aexit__()
-            raise
         return answer
 
     def check_room(self, count: int) -> None:
@@ -136,8 +136,7 @@ class Worker:
         try:
             while (orders := self._gather()) is not None:
                 self._relay(to_text(orders))
-                if orders:
-                    self._tell(self._take, self._desk.apply(orders))
+                self._desk.apply(orders)
                 events = [] if engine.is_idle else self._desk.step()
                 # First, so that who has an answer finds it counted.
                 self._metrics.show(engine.statistics())
@@ -156,12 +155,6 @@ class Worker:
 
     def _tell(self, receive: Callable[[Any], None], report: Any) -> None:
         self._loop.call_soon_threadsafe(receive, report)
-
-    def _take(self, refusals: Mapping[int, InputError | None]) -> None:
-        for ticket, refusal in refusals.items():
-            if ticket not in self._open:  # given up meanwhile
-                continue
-            self._open[ticket][0].take(refusal)
 
     def _put(self, events: Sequence[tuple[int, Event]]) -> None:
         for ticket, event in events:
