@@ -5,7 +5,6 @@
 """
 
 import argparse
-import asyncio
 import json
 import os
 import random
@@ -14,7 +13,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,13 +77,13 @@ def pick_prompts(folder: Path, count: int) -> list[list[int]]:
     return prompts
 
 
-async def ask(
-    client: openai.AsyncOpenAI, prompt: list[int], seed: int, until: int | None = None
+def ask(
+    client: openai.OpenAI, prompt: list[int], seed: int, until: int | None = None
 ) -> Timed | None:
     """Streams a completion; goes away after so many pieces, if told to."""
     begun = last = time.perf_counter()
     first, gaps, text, tokens = 0.0, [], "", 0
-    stream = await client.completions.create(
+    stream = client.completions.create(
         model="bench",
         prompt=prompt,
         max_tokens=48,
@@ -91,7 +92,7 @@ async def ask(
         stream=True,
         stream_options={"include_usage": True},
     )
-    async for chunk in stream:
+    for chunk in stream:
         if chunk.usage is not None:
             tokens = chunk.usage.completion_tokens
         if not chunk.choices or not chunk.choices[0].text:
@@ -103,25 +104,22 @@ async def ask(
             first = now - begun
         last, text = now, text + chunk.choices[0].text
         if until is not None and len(gaps) >= until:
-            await stream.close()
+            stream.close()
             return None
     return Timed(first, gaps, tokens, text)
 
 
-async def measure(url: str, prompts: list[list[int]], concurrency: int) -> dict[str, Any]:
+def connect(url: str) -> openai.OpenAI:
+    """A client that does not ask twice."""
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def measure(url: str, prompts: list[list[int]], concurrency: int) -> dict[str, Any]:
     """So many clients at a time, each with one request after the other."""
-    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    left = iter(enumerate(prompts))
-    found: list[Timed] = []
-
-    async def work() -> None:
-        for number, prompt in left:
-            timed = await ask(client, prompt, number)
-            assert timed is not None
-            found.append(timed)
-
     begun = time.perf_counter()
-    await asyncio.gather(*(work() for _ in range(concurrency)))
+    with connect(url) as client, ThreadPoolExecutor(concurrency) as threads:
+        answers = threads.map(ask, [client] * len(prompts), prompts, range(len(prompts)))
+        found = [timed for timed in answers if timed is not None]
     seconds = time.perf_counter() - begun
     tokens = sum(timed.tokens for timed in found)
     firsts = [timed.first for timed in found]
@@ -137,43 +135,45 @@ async def measure(url: str, prompts: list[list[int]], concurrency: int) -> dict[
     return row
 
 
-async def soak(url: str, pid: int, prompts: list[list[int]]) -> dict[str, Any]:
+def soak(url: str, pid: int, prompts: list[list[int]]) -> dict[str, Any]:
     """Mixed requests, eight at a time; raises `SystemExit` if an answer is lost or mixed up."""
-    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    expected = [await ask(client, prompt, n) for n, prompt in enumerate(prompts[:_KINDS])]
     draw, memory = random.Random(1), []
-    counts = {"answered": 0, "cancelled": 0, "refused": 0}
-    left = iter(range(_SOAK))
+    plans = [(draw.randrange(_KINDS), draw.random(), draw.randrange(8)) for _ in range(_SOAK)]
+    with connect(url) as client, ThreadPoolExecutor(8) as threads:
+        expected = [ask(client, prompt, n) for n, prompt in enumerate(prompts[:_KINDS])]
 
-    async def work() -> None:
-        for number in left:
-            kind, chance = draw.randrange(_KINDS), draw.random()
-            if chance < _MALFORMED:
-                body: Any = {"model": "bench", **draw.choice(_MALFORMATIONS)}
-                try:
-                    await client.post("/completions", body=body, cast_to=object)
-                    raise SystemExit(f"{body} was not refused")
-                except openai.APIStatusError as error:
-                    if not 400 <= error.status_code < 500:
-                        raise SystemExit(f"{body} ended in {error.status_code}") from None
-                counts["refused"] += 1
-            elif chance < _MALFORMED + _CANCELLED:
-                await ask(client, prompts[kind], kind, until=draw.randrange(8))
-                counts["cancelled"] += 1
-            else:
-                answer, known = await ask(client, prompts[kind], kind), expected[kind]
-                if answer is None or known is None or answer.text != known.text:
-                    raise SystemExit(f"request {number} was answered otherwise than alone")
-                counts["answered"] += 1
+        def do(number: int) -> str:
+            kind, chance, until = plans[number]
             if number % 50 == 49:
                 memory.append(_resident_mib(pid))
+            if chance < _MALFORMED:
+                return _refused(client, _MALFORMATIONS[until % len(_MALFORMATIONS)])
+            if chance < _MALFORMED + _CANCELLED:
+                return (
+                    "cancelled" if ask(client, prompts[kind], kind, until) is None else "answered"
+                )
+            answer, known = ask(client, prompts[kind], kind), expected[kind]
+            if answer is None or known is None or answer.text != known.text:
+                raise SystemExit(f"request {number} was answered otherwise than alone")
+            return "answered"
 
-    await asyncio.gather(*(work() for _ in range(8)))
-    await asyncio.sleep(1)
+        counts = Counter(threads.map(do, range(_SOAK)))
+    time.sleep(1)
     gauges = _gauges(url)
     if gauges["glm5_running"] or gauges["glm5_waiting"] or gauges["glm5_pages_held"]:
         raise SystemExit(f"slots or pages were not given back: {gauges}")
     return {"requests": _SOAK, **counts, "resident_mib": memory}
+
+
+def _refused(client: openai.OpenAI, malformed: dict[str, Any]) -> str:
+    body: Any = {"model": "bench", **malformed}
+    try:
+        client.post("/completions", body=body, cast_to=object)
+    except openai.APIStatusError as error:
+        if 400 <= error.status_code < 500:
+            return "refused"
+        raise SystemExit(f"{str(body)[:200]} ended in {error.status_code}") from None
+    raise SystemExit(f"{str(body)[:200]} was not refused")
 
 
 def _gauges(url: str) -> dict[str, float]:
@@ -216,19 +216,19 @@ def draw_plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-async def run(model: Path, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def run(model: Path, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Both parts, against one server."""
     prompts = pick_prompts(folder, 128)
     with serving(model, "--slots", str(_SLOTS), "--served-model-name", "bench") as (url, pid):
         for concurrency in (_CONCURRENCIES[-1], 1):  # compiles what is needed
-            await measure(url, prompts[:32], concurrency)
+            measure(url, prompts[:32], concurrency)
         rows = []
         for concurrency in _CONCURRENCIES:
             # Others than before, lest their pages be found.
             asked = pick_prompts(folder, 128 + 4 * concurrency + 8)[-(4 * concurrency + 8) :]
-            rows.append(await measure(url, asked, concurrency))
+            rows.append(measure(url, asked, concurrency))
             print(json.dumps(rows[-1]), flush=True)
-        found = await soak(url, pid, prompts)
+        found = soak(url, pid, prompts)
         print(json.dumps(found), flush=True)
     return rows, found
 
@@ -240,7 +240,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=Path("build/demo/data"))
     parser.add_argument("--results", type=Path, help="folder to write to")
     args = parser.parse_args()
-    rows, soaked = asyncio.run(run(args.model, args.data))
+    rows, soaked = run(args.model, args.data)
     names = [name for name in rows[0] if name not in ("concurrency", "requests")]
     lines = [
         "| clients | " + " | ".join(name.replace("_", " ") for name in names) + " |",
