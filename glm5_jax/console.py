@@ -24,8 +24,11 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     """Keeps the lines of a description, and shows defaults that are set."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        shows_nothing = action.default in (None, False, argparse.SUPPRESS)
-        return action.help if shows_nothing else super()._get_help_string(action)
+        default = action.default
+        shows_nothing = default is None or default is False or default == argparse.SUPPRESS
+        if shows_nothing or default == []:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def command_parser(prog: str, description: str) -> tuple[Parser, Any]:

@@ -45,7 +45,9 @@ def page(browser):
     context = browser.new_context()
     page = context.new_page()
     wrong = []
-    page.on("console", lambda message: wrong.append(message.text))
+    # A browser tells of every answer that is an error, however well it is dealt with.
+    told = "Failed to load resource"
+    page.on("console", lambda said: said.text.startswith(told) or wrong.append(said.text))
     page.on("pageerror", lambda error: wrong.append(str(error)))
     yield page
     assert wrong == []
@@ -80,6 +82,25 @@ def test_an_answer_is_that_of_the_api(page, served):
         said.append({"role": "assistant", "content": ask(served, said, max_tokens=40)})
     shown = page.locator("article p").all()
     assert [each.text_content() for each in shown] == [each["content"] for each in said]
+
+
+def test_a_message_that_failed_can_be_sent_again(page, served):
+    asked = []
+
+    def refuse(route):
+        asked.append(route.request.post_data_json["messages"])
+        route.fulfill(status=429, json={"error": {"message": "the queue is full"}})
+
+    page.route("**/v1/chat/completions", refuse)
+    page.goto(served.url)
+    page.get_by_role("heading", name=NAME).wait_for()
+    for _ in range(2):
+        page.get_by_label("Message").fill("Hi")
+        page.get_by_label("Message").press("Enter")
+        page.get_by_text("the queue is full").wait_for()
+        page.get_by_role("button", name="Send").and_(page.locator(":enabled")).wait_for()
+        assert page.get_by_label("Message").input_value() == "Hi"
+    assert asked == [[{"role": "user", "content": "Hi"}]] * 2
 
 
 def test_an_answer_can_be_stopped(page, directory):

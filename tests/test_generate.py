@@ -142,6 +142,7 @@ def test_stop_tokens_come_from_the_generation_config(model, directory, capsys, t
         (["--prompt", "text"], "has no tokenizer.json"),
         (["--prompt-tokens", "5", "--stop", "x"], "has no tokenizer.json"),
         (["--prompt-tokens", "5", "--top-p", "0"], "top_p is 0.0, expected a number above 0"),
+        (["--prompt-tokens", "5", "--out", "/dev/null"], "/dev/null: is no regular file"),
         (["--prompt-tokens", "5", "--min-p", "2"], "min_p is 2.0, expected a number from 0 to 1"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
     ],

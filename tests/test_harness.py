@@ -27,6 +27,7 @@ from tests.tiny import build_model, random_weights, write_published
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 harness = importlib.import_module("glm5_jax.inference.harness")
+tasks = importlib.import_module("glm5_jax.inference.tasks")
 Glm5Lm = harness.Glm5Lm
 Instance = lm_eval.api.instance.Instance
 
@@ -328,10 +329,10 @@ def test_tasks_can_be_conversations(directory, task, tmp_path):
     tokenizer = write_tokenizer(tmp_path)
     manager = lm_eval.tasks.TaskManager(include_defaults=False)
     lm = Glm5Lm(model(), tokenizer)
-    results = harness.run_tasks(lm, [str(task)], manager, apply_chat_template=True)
+    results = tasks.run_tasks(lm, [str(task)], manager, apply_chat_template=True)
     expected = accuracy(tokenizer, QUESTIONS, START + "[user]{}[assistant]")
     assert results["results"]["tiny_choices"]["acc,none"] == pytest.approx(expected)
-    assert f"|tiny_choices|Yaml   |none  |     0|acc   |↑  |{expected:.4f}|" in harness.tables(
+    assert f"|tiny_choices|Yaml   |none  |     0|acc   |↑  |{expected:.4f}|" in tasks.tables(
         results
     )
 

@@ -1,4 +1,5 @@
 import http.client
+import socket
 
 import httpx2
 import openai
@@ -30,6 +31,16 @@ def test_a_large_body_is_not_read_to_its_end(served, size):
 
     for content in (b" " * size, endless()):
         assert_refused(post(served, "completions", content=content), 413, "100000 bytes")
+
+
+def test_a_body_that_is_declared_too_large_is_not_waited_for(served):
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Length: 99999999999\r\n\r\n"
+        )
+        assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")
 
 
 @pytest.mark.parametrize("header", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "é"}])

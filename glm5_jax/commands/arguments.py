@@ -41,8 +41,15 @@ def non_negative(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"is {text!r:.80}, expected a number of at least 0")
+        raise argparse.ArgumentTypeError(f"is {text!r:.80}, expected a finite number of at least 0")
     return value
+
+
+def positive(text: str) -> float:
+    """The type of an argument that is a finite number above zero."""
+    if value := non_negative(text):
+        return value
+    raise argparse.ArgumentTypeError(f"is {text!r:.80}, expected a number above 0")
 
 
 def add_model(command: argparse.ArgumentParser) -> None:

@@ -48,7 +48,9 @@ def add(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     from glm5_jax.inference.generation_config import stop_tokens, usual_sampling
     from glm5_jax.inference.tokenizer import Tokenizer
+    from glm5_jax.load import read_model_config
 
+    read_model_config(args.model)  # says so first if there is no model at all
     tokenizer = Tokenizer(args.model)
     sampling = sampling_of(args, usual_sampling(args.model))
     if args.seed is None:

@@ -224,7 +224,8 @@ def _run_tasks(args: argparse.Namespace) -> None:
         refuse_existing(args.out)
 
     from glm5_jax.inference.generation_config import stop_tokens
-    from glm5_jax.inference.harness import Glm5Lm, check_tasks, run_tasks, tables
+    from glm5_jax.inference.harness import Glm5Lm
+    from glm5_jax.inference.tasks import check_tasks, run_tasks, tables
     from glm5_jax.inference.tokenizer import Tokenizer
     from glm5_jax.load import read_model_config
 

@@ -40,6 +40,8 @@ def open_results(path: Path, run: str, prompts: int) -> Iterator[Results]:
     Raises:
       InputError: the file has anything but results of this run, or another run writes to it.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is no regular file, expected one or a new name")
     with path.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,7 +5,7 @@ import os
 import socket
 from typing import TYPE_CHECKING, Any
 
-from glm5_jax.commands.arguments import add_model, integer, non_negative
+from glm5_jax.commands.arguments import add_model, integer, positive
 from glm5_jax.commands.asking import add_engine, make_engine
 from glm5_jax.console import add_command
 from glm5_jax.coordination import Relay
@@ -71,7 +71,7 @@ def _add_limits(command: argparse.ArgumentParser) -> None:
         ("--request-timeout", Limits.seconds, "after which an incomplete answer is an error"),
         ("--drain-timeout", Limits.drain_seconds, "the same, after the signal to end"),
     ):
-        limits.add_argument(name, type=non_negative, default=seconds, metavar="SECONDS", help=text)
+        limits.add_argument(name, type=positive, default=seconds, metavar="SECONDS", help=text)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -83,10 +83,12 @@ def _run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise InputError(f"glm5 serve needs {error.name}: pip install 'glm5-jax[serve]'") from None
     from glm5_jax.inference.tokenizer import Tokenizer
+    from glm5_jax.load import read_model_config
     from glm5_jax.server.orders import Desk, follow
     from glm5_jax.server.run import listening_socket
 
     key = _key(args.api_key)
+    read_model_config(args.model)  # says so first if there is no model at all
     tokenizer = Tokenizer(args.model)
     with one_program(args):
         if is_first():

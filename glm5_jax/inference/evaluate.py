@@ -70,7 +70,7 @@ class Scorer:
         self._model = partition.place(model, Glm5(model.config))
         self._compute = _compiled(model.config, partition, depth)
         shards = partition.num_shards(BATCH)
-        self._batch_size = -(-batch_size // shards) * shards
+        self._shards, self._batch_size = shards, batch_size
 
     def __call__(self, spans: Sequence[Span]) -> Iterator[tuple[int, Scored]]:
         """Scores spans, the longest first; yields each with its index.
@@ -79,16 +79,18 @@ class Scorer:
           InputError: a token is outside the vocabulary.
         """
         order = sorted(range(len(spans)), key=lambda index: -len(spans[index].tokens))
-        for start in range(0, len(order), self._batch_size):
-            batch = order[start : start + self._batch_size]
-            yield from zip(batch, self._score([spans[index] for index in batch]), strict=True)
+        together = -(-min(self._batch_size, len(order)) // self._shards) * self._shards
+        for start in range(0, len(order), together or 1):
+            batch = order[start : start + together]
+            scored = self._score([spans[index] for index in batch], together)
+            yield from zip(batch, scored, strict=True)
 
-    def _score(self, spans: Sequence[Span]) -> Iterator[Scored]:
+    def _score(self, spans: Sequence[Span], rows: int) -> Iterator[Scored]:
         # The last token of a span is predicted, not read.
-        lengths = np.zeros(self._batch_size, np.int32)
+        lengths = np.zeros(rows, np.int32)
         lengths[: len(spans)] = [len(span.tokens) - 1 for span in spans]
         width = max(_SHORTEST, 1 << (int(lengths.max()) - 1).bit_length())
-        tokens_BT = np.zeros((self._batch_size, width + 1), np.int32)
+        tokens_BT = np.zeros((rows, width + 1), np.int32)
         for row, span in enumerate(spans):
             assert 1 <= span.first < len(span.tokens)
             tokens_BT[row, : len(span.tokens)] = _checked(span.tokens, self.config)

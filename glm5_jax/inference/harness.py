@@ -4,24 +4,19 @@ Import this only where lm-eval is installed.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import (
     get_rolling_token_windows,
-    handle_non_serializable,
     make_disjoint_window,
-    make_table,
     simple_parse_args_string,
 )
 
@@ -245,54 +240,3 @@ class Glm5Lm(TemplateLM):
             self._tokenizer.decode(tokens[:-1] if reason == "stop" else tokens)
             for tokens, reason in completions
         ]
-
-
-def check_tasks(tasks: Sequence[str]) -> TaskManager:
-    """Finds lm-eval's tasks.
-
-    Raises:
-      InputError: a name is neither that of a task, group or tag nor a YAML file.
-    """
-    manager = TaskManager()
-    for name in tasks:
-        if name not in manager.all_tasks and not Path(name).is_file():
-            raise InputError(
-                f"--tasks: {name!r:.80} is none, expected a YAML file or what `lm-eval ls tasks` "
-                "lists"
-            )
-    return manager
-
-
-def run_tasks(
-    lm: Glm5Lm,
-    tasks: Sequence[str],
-    manager: TaskManager,
-    *,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    apply_chat_template: bool = False,
-) -> dict[str, Any]:
-    """Runs tasks; returns lm-eval's results, as JSON has them, without the single answers.
-
-    Args:
-      num_fewshot: examples before each question; as each task says unless given.
-      limit: questions of each task, the first; all unless given.
-      apply_chat_template: whether questions and examples are turns of a conversation.
-    """
-    found = simple_evaluate(
-        model=lm,
-        tasks=list(tasks),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        apply_chat_template=apply_chat_template,
-        log_samples=False,
-        task_manager=manager,
-    )
-    results: dict[str, Any] = json.loads(json.dumps(found, default=handle_non_serializable))
-    return results
-
-
-def tables(results: dict[str, Any]) -> str:
-    """The results in words."""
-    columns = [column for column in ("results", "groups") if results.get(column)]
-    return "\n".join(make_table(results, column) for column in columns)

@@ -1,5 +1,6 @@
 """Reading the bodies of requests."""
 
+import asyncio
 import json
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -13,17 +14,36 @@ from glm5_jax.strict_json import parse_json
 
 Model = TypeVar("Model", bound=BaseModel)
 
+_SECONDS = 30  # for a body to come
+
 
 async def read_body(request: Request, most: int) -> bytes:
-    """The body of a request; raises `ApiError` once it has more than `most` bytes."""
+    """The body of a request.
+
+    Raises:
+      ApiError: it has, or says that it has, more than `most` bytes, or does not come in time.
+    """
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > most:
+        raise _too_large(most)
     data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > most:
-            raise ApiError(
-                413, f"the body has more than {most} bytes, expected at most that", code="too_large"
-            )
+    try:
+        async with asyncio.timeout(_SECONDS):
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > most:
+                    raise _too_large(most)
+    except TimeoutError:
+        raise ApiError(
+            408, f"the body was not complete after {_SECONDS} s", code="timeout"
+        ) from None
     return bytes(data)
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(
+        413, f"the body has more than {most} bytes, expected at most that", code="too_large"
+    )
 
 
 def parsed(model: type[Model], data: bytes) -> Model:
