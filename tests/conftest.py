@@ -28,6 +28,12 @@ def promotion(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def precision() -> None:
+    """Takes back what a command that ran in this process chose for its process."""
+    jax.config.update("jax_default_matmul_precision", None)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs() -> Iterator[None]:
     """Forgets a module's compiled programs after it; all together take gigabytes."""

@@ -215,7 +215,7 @@ def test_an_error_in_all_processes_is_one_line_in_each(published, tmp_path):
 
 
 def test_processes_with_other_arguments_are_named(published):
-    ended = run_together(generating(published), generating(published, "--seed", "1"), seconds=60)
+    ended = run_together(*(generating(published, "--seed", seed) for seed in "01"), seconds=60)
     assert_each_ends_with_one_line(ended, "argument seed is '0' in process 0 and '1' in process 1")
 
 
@@ -227,7 +227,7 @@ def test_processes_that_read_other_prompts_are_named(published, tmp_path):
     command = ["glm5_jax", "generate", "--model", published, "--prompts", "prompts.jsonl"]
     command += ["--max-new-tokens", "3"]
     ended = run_together(command, command, folders=folders, seconds=60)
-    assert_each_ends_with_one_line(ended, "digest of the prompts is '")
+    assert_each_ends_with_one_line(ended, "digest of the requests is '")
     (folders[1] / "prompts.jsonl").unlink()
     ended = run_together(command, command, folders=folders, seconds=60)
     assert_each_ends_with_one_line(ended, "prompts.jsonl: No such file")
