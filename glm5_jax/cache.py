@@ -161,8 +161,8 @@ class KVCache:
     @classmethod
     def specs(cls, config: Config, dtype: jax.typing.DTypeLike) -> Any:
         """The mesh axes that divide each array of what `create` gives."""
-        pools = Pools.specs(config, with_mtp=False)
-        return cls(pools, PartitionSpec(BATCH), jnp.dtype(dtype))  # type: ignore[arg-type]
+        rows: Any = PartitionSpec(BATCH)
+        return cls(Pools.specs(config, with_mtp=False), rows, jnp.dtype(dtype))
 
     @property
     def slots(self) -> Slots:

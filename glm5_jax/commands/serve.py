@@ -3,6 +3,7 @@
 import argparse
 import os
 import socket
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from glm5_jax.commands.arguments import add_model, integer, positive
@@ -15,6 +16,7 @@ from glm5_jax.server.limits import Limits
 
 if TYPE_CHECKING:
     from glm5_jax.inference.tokenizer import Tokenizer
+    from glm5_jax.server.orders import Order
     from glm5_jax.server.service import Service
 
 _KEY = "GLM5_API_KEY"
@@ -123,8 +125,6 @@ def _key(given: str | None) -> str | None:
 
 
 def _service(args: argparse.Namespace, tokenizer: "Tokenizer", key: str | None) -> "Service":
-    import jax
-
     from glm5_jax.inference.generation_config import stop_tokens, usual_sampling
     from glm5_jax.server.metrics import Metrics
     from glm5_jax.server.service import Service
@@ -141,9 +141,8 @@ def _service(args: argparse.Namespace, tokenizer: "Tokenizer", key: str | None) 
     )
     engine = make_engine(args, tokenizer.num_tokens)
     metrics = Metrics(engine.statistics())
-    relay = Relay().tell if jax.distributed.is_initialized() else None
     return Service(
-        worker=Worker(engine, limits.queue, metrics, relay),
+        worker=Worker(engine, limits.queue, metrics, _relay()),
         metrics=metrics,
         tokenizer=tokenizer,
         name=args.served_model_name or args.model.resolve().name,
@@ -154,3 +153,15 @@ def _service(args: argparse.Namespace, tokenizer: "Tokenizer", key: str | None) 
         # Without a key, pages of others must not speak to a server that is for this machine only.
         hosts=_LOOPBACK if key is None and args.host in _LOOPBACK else None,
     )
+
+
+def _relay() -> "Callable[[Sequence[Order] | None], None] | None":
+    """Tells other processes, if there are any, what the engine is told."""
+    import jax
+
+    from glm5_jax.server.orders import to_text
+
+    if not jax.distributed.is_initialized():
+        return None
+    relay = Relay()
+    return lambda orders: relay.tell(to_text(orders))

@@ -107,10 +107,7 @@ class Schedule:
                 if missing <= pool.num_available:
                     row.pages += pool.take(missing)
                     break
-                last = max(
-                    (other for other in self.running if self.shard(other) == self.shard(place)),
-                    key=lambda other: list(self.running).index(other),
-                )
+                *_, last = (o for o in self.running if self.shard(o) == self.shard(place))
                 waiting = [self.leave(last), *self.waiting]
                 self.waiting = collections.deque(sorted(waiting, key=lambda row: row.number))
         return {place: row for place, row in self.running.items() if not row.unread}

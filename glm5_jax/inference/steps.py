@@ -28,7 +28,7 @@ from glm5_jax.sharding import Partition
 _SHORTEST_PAGE, _SHORTEST_PART = 64, 16  # tokens of a page, and of a shard's part of it
 _NARROWEST_TABLE = 8  # pages of a row
 _EQUAL = PartitionSpec()  # what every device is given whole
-_ROWS = PartitionSpec(BATCH)
+_ROWS: Any = PartitionSpec(BATCH)
 
 
 class Build(NamedTuple):
@@ -237,9 +237,7 @@ def abstract_state(build: Build, batch: int, num_pages: int, page_size: int) -> 
 def state_specs(build: Build) -> State:
     """The mesh axes that divide the state."""
     pools = Pools.specs(build.config, with_mtp=build.num_drafts > 0)
-    seen: Any = Seen(_ROWS, _ROWS, _ROWS)  # type: ignore[arg-type]
-    before: Any = _ROWS if build.num_drafts else None
-    return State(pools, seen, before)
+    return State(pools, Seen(_ROWS, _ROWS, _ROWS), _ROWS if build.num_drafts else None)
 
 
 def _create(build: Build, batch: int, num_pages: int, page_size: int) -> State:

@@ -12,7 +12,7 @@ from glm5_jax.inference.request import Event, Request, check_request
 from glm5_jax.server.answer import Answer
 from glm5_jax.server.errors import RETRY_SECONDS, ApiError, draining, failed
 from glm5_jax.server.metrics import Metrics
-from glm5_jax.server.orders import Cancellation, Desk, Order, Submission, to_text
+from glm5_jax.server.orders import Cancellation, Desk, Order, Submission
 
 
 class Worker:
@@ -26,19 +26,19 @@ class Worker:
         engine: Engine,
         queue: int,
         metrics: Metrics,
-        relay: Callable[[str], None] | None = None,
+        relay: Callable[[Sequence[Order] | None], None] | None = None,
     ):
         """Prepares it.
 
         Args:
           queue: the most continuations that wait for a slot.
-          relay: told all that the engine is, for the engines of other processes; they do the same.
+          relay: told all that the engine is, and the end by None, for those of other processes.
         """
         self.context, self.config = engine.context, engine.config
         self.failure: BaseException | None = None  # of the engine, after which nothing works
         self.draining = False
         self._desk, self._metrics = Desk(engine), metrics
-        self._relay = relay or (lambda _: None)
+        self._relay = relay
         self._room = engine.slots + queue
         self._tickets = itertools.count()
         self._open: dict[int, tuple[Answer, int]] = {}  # ticket -> whom its tokens are for
@@ -135,13 +135,15 @@ class Worker:
         engine = self._desk.engine
         try:
             while (orders := self._gather()) is not None:
-                self._relay(to_text(orders))
+                if self._relay is not None:
+                    self._relay(orders)
                 self._desk.apply(orders)
                 events = [] if engine.is_idle else self._desk.step()
                 # First, so that who has an answer finds it counted.
                 self._metrics.show(engine.statistics())
                 self._tell(self._put, events)
-            self._relay(to_text(None))
+            if self._relay is not None:
+                self._relay(None)
         except BaseException as error:
             self._tell(self._fail, error)
 
