@@ -1,9 +1,12 @@
 """Eight CPU devices, no dtype promoted without being asked for, repeatable property tests.
 
-Tests spend their time compiling, not computing, so the compiler is told not to try hard.
+Tests spend their time compiling, not computing, so the compiler is told not to try hard, and what
+one process has compiled the others find in a folder that is there for this run only.
 """
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,6 +22,24 @@ import pytest
 # Compiling makes the first example slow whatever the test does.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
+
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+_own_cache: list[str] = []
+
+
+def pytest_configure() -> None:
+    """Makes the folder, which workers and commands find in the environment."""
+    if _CACHE not in os.environ:
+        _own_cache.append(tempfile.mkdtemp(prefix="glm5-tests-"))
+        os.environ[_CACHE] = _own_cache[0]
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+        jax.config.update("jax_compilation_cache_dir", _own_cache[0])  # it was imported before
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def pytest_unconfigure() -> None:
+    for folder in _own_cache:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
