@@ -13,7 +13,7 @@ from glm5_jax.errors import InputError
 from glm5_jax.inference.generate import Generator
 from glm5_jax.inference.request import Sampling
 from glm5_jax.inference.tokenizer import Tokenizer
-from tests.test_evaluate import (
+from tests.likelihood import (
     END,
     RAW,
     START,
