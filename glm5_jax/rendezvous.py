@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from glm5_jax.errors import InputError
 
 _LONGEST_LINE = 4096
+_GREETING = {"process", "of", "host"}  # what every process but the first says
 _PAUSE = 0.2  # seconds between attempts to connect
 
 
@@ -61,7 +62,7 @@ def _receive(member: Member, deadline: float) -> str | None:
                 except TimeoutError:
                     fault = _missing(member, hosts)
                     break
-                if (greeting := _read_line(other, 5)) is not None:
+                if "process" in (greeting := _read_line(other, 5) or {}):
                     others.append(other)
                     fault = _enter(greeting, member, hosts)
         # By now nobody listens, so JAX's coordinator can, and nobody takes this for it.
@@ -148,5 +149,5 @@ def _read_line(connection: socket.socket, seconds: float) -> dict[str, Any] | No
         message = json.loads(line)
     except (OSError, ValueError):
         return None
-    known = isinstance(message, dict) and ("fault" in message or {"process", "of"} <= set(message))
+    known = isinstance(message, dict) and ("fault" in message or set(message) >= _GREETING)
     return message if known else None

@@ -246,7 +246,14 @@ def test_strangers_are_not_taken_for_processes():
     port = free_port()
     first = threading.Thread(target=meet, args=(Member("127.0.0.1", port, 2, 0), 10))
     first.start()
-    for nonsense in (b"GET / HTTP/1.1\r\n\r\n", b"\n", b'{"process": 1}\n', b""):
+    for nonsense in (
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\n",
+        b'{"process": 1}\n',
+        b'{"process": 1, "of": 2}\n',
+        b'{"fault": 1}\n',
+        b"",
+    ):
         with contextlib.suppress(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port)).close()
         with (
