@@ -1,5 +1,6 @@
 import fcntl
 import json
+import resource
 import shutil
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from glm5_jax.__main__ import main
 from glm5_jax.checkpoint import save_checkpoint
+from glm5_jax.commands.results import open_results
 from glm5_jax.inference import engine as engine_module
 from glm5_jax.inference.generate import Generator
 from glm5_jax.inference.request import Sampling
@@ -133,7 +135,7 @@ def test_stop_tokens_come_from_the_generation_config(model, directory, capsys, t
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--prompt-tokens", ""], "prompt 1 is empty"),
+        (["--prompt-tokens", ""], "--prompt-tokens is empty"),
         (["--prompt-tokens", "5,97"], "token 97 is outside the vocabulary"),
         (["--prompt-tokens=-1,5"], "token -1 is outside the vocabulary"),
         (["--prompt-tokens", "5,7", "--context", "6"], "needs a context of 7, expected at most 6"),
@@ -157,13 +159,14 @@ def test_a_prompt_that_cannot_be_continued_is_one_line(directory, capsys, option
 @pytest.mark.parametrize(
     "line",
     ["", "[]", "{", '{"text": "x"}', '{"prompt": 3}', '{"prompt_tokens": ["a"]}', '{"messages": 1}']
-    + ['{"prompt": "x", "prompt_tokens": [1]}', '{"prompt_tokens": [1.5]}'],
+    + ['{"prompt": "x", "prompt_tokens": [1]}', '{"prompt_tokens": [1.5]}']
+    + ['{"prompt_tokens": []}', '{"prompt_tokens": [97]}'],
 )
 def test_a_senseless_line_of_prompts_is_named(directory, capsys, tmp_path, line):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt_tokens": [5]}\n' + line + "\n")
     status, output = run(capsys, "--model", directory, "--prompts", prompts, "--max-new-tokens", 5)
-    assert status == 2 and "prompts.jsonl, line 2: " in output.err
+    assert status == 2 and "prompts.jsonl, line 2" in output.err
 
 
 @pytest.mark.parametrize(
@@ -243,6 +246,22 @@ def test_a_run_that_ended_early_is_continued(directory, capsys, tmp_path):
     out.write_text(before + before.splitlines(keepends=True)[0])
     status, output = run(capsys, "--model", directory, *options)
     assert status == 2 and "line 5: index is" in output.err
+
+
+def test_a_disk_that_is_full_is_named_and_costs_no_result(tmp_path):
+    out = tmp_path / "out.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with open_results(out, "a run", 9) as results:
+        results.add(3, {"run": "a run"})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (out.stat().st_size + 10, before[1]))
+        try:
+            with pytest.raises(OSError) as caught:
+                results.add(4, {"run": "a run"})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == str(out)
+    with open_results(out, "a run", 9) as results:
+        assert results.done == {3}
 
 
 def test_a_stop_text_ends_a_continuation_and_is_not_shown(capsys, tmp_path):

@@ -16,7 +16,7 @@ from glm5_jax.commands.asking import (
     make_engine,
     sampling_of,
 )
-from glm5_jax.commands.prompts import encode_prompt, read_prompts
+from glm5_jax.commands.prompts import read_prompts
 from glm5_jax.commands.results import open_results
 from glm5_jax.console import add_command, notice, progress
 from glm5_jax.coordination import said_by_all
@@ -50,7 +50,8 @@ def add(commands: Any) -> None:
         "--prompts",
         type=Path,
         metavar="FILE.jsonl",
-        help='one object per line, with "prompt", "prompt_tokens" or "messages"',
+        help='one object per line, with "prompt", "prompt_tokens" or "messages"; other keys are '
+        "ignored",
     )
     command.add_argument(
         "--max-new-tokens",
@@ -106,12 +107,12 @@ def _generate(args: argparse.Namespace) -> None:
 
     config = read_model_config(args.model).config
     check_engine(args, config)
-    is_text = any("prompt_tokens" not in each for each in asked) or bool(args.stop)
+    is_text = any(each.kind != "prompt_tokens" for each in asked) or bool(args.stop)
     tokenizer = _tokenizer(args.model, needed=is_text)
     sampling, stop = sampling_of(args), stop_tokens(args.model, config.eos_ids)
     requests = [
         Request(
-            prompt=tuple(encode_prompt(each, tokenizer)),
+            prompt=tuple(each.encode(tokenizer)),
             max_new_tokens=args.max_new_tokens,
             sampling=sampling,
             number=number,
@@ -120,8 +121,8 @@ def _generate(args: argparse.Namespace) -> None:
         for number, each in enumerate(asked)
     ]
     context = args.context or config.max_positions
-    for request in requests:
-        check_request(request, config.vocab_size, context, f"prompt {request.number + 1}")
+    for request, each in zip(requests, asked, strict=True):
+        check_request(request, config.vocab_size, context, each.where)
     num_tokens = tokenizer.num_tokens if tokenizer else None
     values = {
         "config": config,

@@ -2,11 +2,12 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from glm5_jax.errors import InputError
 from glm5_jax.strict_json import parse_json
@@ -17,14 +18,18 @@ _BEGINNING = '{"index": '  # of every line
 class Results:
     """The results that a file has, to which more can be added."""
 
-    def __init__(self, file: BinaryIO, done: set[int]):
+    def __init__(self, file: io.FileIO, path: Path, done: set[int]):
         self.done = done  # indices of the results that were there before
-        self._file = file
+        self._file, self._path = file, path
 
     def add(self, index: int, record: Mapping[str, Any]) -> None:
-        """Adds a result; it is in the file as a whole, or not at all."""
-        self._file.write(json.dumps({"index": index, **record}).encode() + b"\n")
-        self._file.flush()
+        """Adds a result. Where the disk is full, a part may be left, which the next run drops."""
+        line = json.dumps({"index": index, **record}).encode() + b"\n"
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
 
 
 @contextlib.contextmanager
@@ -42,7 +47,7 @@ def open_results(path: Path, run: str, prompts: int) -> Iterator[Results]:
     """
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: is no regular file, expected one or a new name")
-    with path.open("a+b") as file:
+    with path.open("a+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -52,7 +57,7 @@ def open_results(path: Path, run: str, prompts: int) -> Iterator[Results]:
         done = _read(content, path, run, prompts)
         file.truncate(content.rfind(b"\n") + 1)
         try:
-            yield Results(file, done)
+            yield Results(file, path, done)
         finally:
             os.fsync(file.fileno())
             if not file.tell():
