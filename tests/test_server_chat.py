@@ -87,9 +87,10 @@ def test_a_streamed_turn_joins_to_the_whole(client, options, thinking):
             assert entries == expected.logprobs.content
 
 
-def test_a_conversation_reaches_the_model_by_its_template(client, tokenizer, generate):
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_conversation_reaches_the_model_by_its_template(client, tokenizer, generate, role):
     messages = [
-        {"role": "system", "content": "Be brief."},
+        {"role": role, "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},
         {"role": "assistant", "content": "Yes?", "reasoning_content": "Hm."},
         {"role": "user", "content": "é"},

@@ -143,10 +143,7 @@ class Tokenizer:
         try:
             return template.render({**special, **options, **given})
         except Exception as error:  # the program may do anything that ends in one
-            raise self._failed(error) from None
-
-    def _failed(self, error: Exception) -> InputError:
-        return InputError(f"{self._directory}: the chat template failed: {error}")
+            raise _failed(error) from None
 
     @functools.cached_property
     def _template(self) -> Any:
@@ -175,7 +172,7 @@ class Tokenizer:
         try:
             return environment.from_string(source)
         except Exception as error:  # the parser may fail in any way on what is no template
-            raise self._failed(error) from None
+            raise _failed(error) from None
 
     def _special_tokens(self) -> dict[str, str]:
         """The texts of `eos_token` and its like, which templates may name."""
@@ -198,8 +195,12 @@ class Tokenizer:
         config = self._directory / "tokenizer_config.json"
         template = read_json(config).get("chat_template") if config.is_file() else None
         if not isinstance(template, str):
-            raise InputError(f"{self._directory}: has no chat_template.jinja, which messages need")
+            raise InputError("the model has no chat_template.jinja, which messages need")
         return template
+
+
+def _failed(error: Exception) -> InputError:
+    return InputError(f"the chat template failed: {error}")
 
 
 def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class ToolCall(Strict):
 class Message(Strict):
     """A message of a conversation; fields of answers may be sent back."""
 
-    role: Literal["system", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Any = None  # a text or its parts, which the tokenizer checks
     name: str | None = None
     reasoning_content: str | None = None
