@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import itertools
 
 import jax
@@ -257,9 +258,19 @@ def test_nothing_is_compiled_once_all_shapes_were_met(trained):
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert seen == [] and engine.statistics().compilations == first
-    wider = Engine(trained, slots=SLOTS + 1, context=64, draft_tokens=3)
-    texts(wider, POOL[1:2])
-    assert wider.statistics().compilations >= 3  # for another number of slots
+
+
+def test_a_warm_up_compiles_all_that_is_needed_and_does_nothing_else(trained):
+    engine = Engine(trained, slots=SLOTS + 1, context=64, draft_tokens=3)
+    before = engine.statistics()
+    assert before.compilations == 0  # for so many slots nothing was
+    engine.warm_up(64)
+    warm = engine.statistics()
+    assert warm == dataclasses.replace(before, compilations=warm.compilations)
+    assert warm.compilations == 1 + 2 * (2 + 1)  # two widths, of two portions and a step each
+    expected = texts(Engine(trained, slots=SLOTS, context=64, draft_tokens=3), POOL)
+    assert texts(engine, POOL) == expected
+    assert engine.statistics().compilations == warm.compilations
 
 
 @pytest.mark.parametrize("drafts", [0, 3])
@@ -309,6 +320,11 @@ def test_a_request_that_cannot_be_continued_is_refused_at_once(trained, prompt, 
     with pytest.raises(InputError, match=named):
         engine.submit(Request(prompt=prompt, max_new_tokens=new))
     assert engine.is_idle
+
+
+def test_a_cache_too_small_for_the_context_is_refused(trained):
+    with pytest.raises(InputError, match="tokens are 9, 12 for a text, expected .* of 20"):
+        Engine(trained, context=20, cache_tokens=9)
 
 
 def test_drafting_without_the_layer_is_refused():

@@ -2,6 +2,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,7 +136,8 @@ def command(directory, *options, **environment):
     """A process of `glm5 serve`, and where it serves."""
     with subprocess.Popen(
         [sys.executable, "-m", "glm5_jax", "serve", "--model", str(directory)]
-        + ["--port", "0", "--served-model-name", NAME, "--draft-tokens", "0", *options],
+        + ["--port", "0", "--served-model-name", NAME, "--draft-tokens", "0", "--warm-up", "64"]
+        + [*options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -239,6 +241,14 @@ def test_what_cannot_be_served_is_one_line(directory, capsys, options, named):
     assert main(["serve", "--model", str(directory), "--port", "0", *options]) == 2
     output = capsys.readouterr()
     assert output.out == "" and output.err.count("\n") == 1 and named in output.err
+
+
+def test_a_model_that_cannot_converse_is_served_with_a_notice(directory, capsys, tmp_path):
+    copy = shutil.copytree(directory, tmp_path / "model")
+    (copy / "chat_template.jinja").unlink()
+    assert main(["serve", "--model", str(copy), "--port", "0", "--mesh", "model=3"]) == 2
+    said = "completions only, no conversations: the model has no chat_template.jinja"
+    assert said in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_is_named(directory, capsys):

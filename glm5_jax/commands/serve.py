@@ -1,6 +1,7 @@
 """`glm5 serve`: an HTTP server with OpenAI's API."""
 
 import argparse
+import importlib
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -8,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from glm5_jax.commands.arguments import add_model, integer, positive
 from glm5_jax.commands.asking import add_engine, make_engine
-from glm5_jax.console import add_command
+from glm5_jax.console import add_command, notice
 from glm5_jax.coordination import Relay
 from glm5_jax.errors import InputError
 from glm5_jax.processes import add_processes, is_first, one_program
 from glm5_jax.server.limits import Limits
 
 if TYPE_CHECKING:
+    from glm5_jax.inference.engine import Engine
     from glm5_jax.inference.tokenizer import Tokenizer
     from glm5_jax.server.orders import Order
     from glm5_jax.server.service import Service
@@ -36,6 +38,14 @@ def add(commands: Any) -> None:
     add_model(command)
     _add_network(command)
     add_engine(command)
+    command.add_argument(
+        "--warm-up",
+        type=integer(0),
+        default=1024,
+        metavar="N",
+        help="compile for texts of up to N tokens before serving; what longer ones need, the "
+        "first of them waits for",
+    )
     _add_limits(command)
     add_processes(command)
 
@@ -78,10 +88,8 @@ def _add_limits(command: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     try:
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-
-        from glm5_jax.server.app import build_app  # noqa: F401
+        for name in ("prometheus_client", "uvicorn", "glm5_jax.server.app"):
+            importlib.import_module(name)
     except ImportError as error:
         raise InputError(f"glm5 serve needs {error.name}: pip install 'glm5-jax[serve]'") from None
     from glm5_jax.inference.tokenizer import Tokenizer
@@ -93,12 +101,22 @@ def _run(args: argparse.Namespace) -> int:
     read_model_config(args.model)  # says so first if there is no model at all
     tokenizer = Tokenizer(args.model)
     with one_program(args):
+        try:
+            tokenizer.render_chat([{"role": "user", "content": "hello"}])
+        except InputError as error:  # models that were not taught to converse have no template
+            notice(f"completions only, no conversations: {error}")
         if is_first():
             with listening_socket(args.host, args.port) as bound:
                 _serve(_service(args, tokenizer, key), bound)
         else:
-            follow(Desk(make_engine(args, tokenizer.num_tokens)), Relay().hear)
+            follow(Desk(_engine(args, tokenizer)), Relay().hear)
     return 0
+
+
+def _engine(args: argparse.Namespace, tokenizer: "Tokenizer") -> "Engine":
+    engine = make_engine(args, tokenizer.num_tokens)
+    engine.warm_up(args.warm_up)
+    return engine
 
 
 def _serve(service: "Service", bound: socket.socket) -> None:
@@ -139,7 +157,7 @@ def _service(args: argparse.Namespace, tokenizer: "Tokenizer", key: str | None) 
         seconds=args.request_timeout,
         drain_seconds=args.drain_timeout,
     )
-    engine = make_engine(args, tokenizer.num_tokens)
+    engine = _engine(args, tokenizer)
     metrics = Metrics(engine.statistics())
     return Service(
         worker=Worker(engine, limits.queue, metrics, _relay()),

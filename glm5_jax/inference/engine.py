@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 
 from glm5_jax.collectives import BATCH
+from glm5_jax.console import progress
 from glm5_jax.errors import InputError
 from glm5_jax.inference.request import (
     Event,
@@ -15,7 +16,6 @@ from glm5_jax.inference.request import (
     check_request,
 )
 from glm5_jax.inference.row import Row
-from glm5_jax.inference.sampling import Choices
 from glm5_jax.inference.schedule import Schedule
 from glm5_jax.inference.steps import (
     Build,
@@ -67,7 +67,7 @@ class Engine:
             depend on it, its speed does.
 
         Raises:
-          InputError: there is no MTP layer to draft with.
+          InputError: there is no MTP layer to draft with, or no room for the context.
         """
         config = model.config
         if draft_tokens and not config.num_mtp_layers:
@@ -86,6 +86,11 @@ class Engine:
             cache_tokens = usual if context is None else max(usual, num_shards * most)
         pages_per_shard = -(-cache_tokens // (num_shards * page_size))
         self.context = min(most, pages_per_shard * page_size)
+        if context is not None and self.context < most:
+            raise InputError(
+                f"cache tokens are {cache_tokens}, {pages_per_shard * page_size} for a text, "
+                f"expected at least the context of {most}"
+            )
         self._schedule = Schedule(
             self.slots, num_shards, pages_per_shard, page_size, drafts=draft_tokens > 0
         )
@@ -104,6 +109,29 @@ class Engine:
         self._compiled_before = len(self._steps.compiled)
         self._last_number = 0
         self._counts: Counter[str] = Counter()
+
+    def warm_up(self, num_tokens: int) -> None:
+        """Compiles the steps that texts of up to so many tokens need, before they are waited for.
+
+        Shows a progress bar.
+        """
+        shards, size = len(self._schedule.pools), self._schedule.page_size
+        pages = -(-min(num_tokens, self.context) // size)
+        widths = sorted({table_width(each) for each in range(1, pages + 1)})
+        zeros_Z = np.zeros(self.config.vocab_size, np.int32)
+        seen = zeros_Z.astype(np.float32), zeros_Z.astype(bool), zeros_Z
+        self._state = self._steps.begin(self._state, self._nowhere(), *seen)
+        with progress("compile", len(widths) * (len(PORTIONS) + 1)) as advance:
+            for width in widths:
+                for length in PORTIONS:
+                    page_RW = self._pages_of({}, shards, width)
+                    portion = Portion.empty(length, page_RW, self._nowhere())
+                    self._state = self._steps.read(self._model, self._state, portion)
+                    advance(1)
+                page_BW = self._pages_of({}, self.slots, width)
+                turn = Turn.of([None] * self.slots, page_BW, self._drafts)
+                self._state, _ = self._steps.advance(self._model, self._state, turn)
+                advance(1)
 
     @property
     def is_idle(self) -> bool:
@@ -177,17 +205,12 @@ class Engine:
 
     def _read(self, reading: dict[int, int]) -> None:
         """Reads the next tokens of the rows at the given places, one of each shard."""
-        running, shards = self._schedule.running, len(self._schedule.pools)
+        running = self._schedule.running
         rows = {shard: running[place] for shard, place in reading.items()}
         counts = {shard: min(row.unread, PORTIONS[-1]) for shard, row in rows.items()}
         length = min(size for size in PORTIONS if size >= max(counts.values()))
-        portion = Portion(
-            token_RT=np.zeros((shards, length), np.int32),
-            count_R=np.zeros(shards, np.int32),
-            start_R=np.zeros(shards, np.int32),
-            writable_R=np.zeros(shards, np.int32),
-            page_RW=self._pages_of(rows, shards),
-            row_R=self._nowhere(),
+        portion = Portion.empty(
+            length, self._pages_of(rows, len(self._schedule.pools)), self._nowhere()
         )
         for shard, row in rows.items():
             self._count_prompt(row)
@@ -207,18 +230,7 @@ class Engine:
         requests = [
             moving[place].request if place in moving else None for place in range(self.slots)
         ]
-        turn = Turn(
-            token_BT=np.zeros((self.slots, 1 + self._drafts), np.int32),
-            num_fresh_B=np.zeros(self.slots, np.int32),
-            length_B=np.zeros(self.slots, np.int32),
-            page_BW=self._pages_of(moving, self.slots),
-            active_B=np.array([request is not None for request in requests]),
-            count_B=np.zeros(self.slots, np.int32),
-            choices=Choices.of(requests),
-            wants_likelihood_B=np.array(
-                [each is not None and each.alternatives is not None for each in requests]
-            ),
-        )
+        turn = Turn.of(requests, self._pages_of(moving, self.slots), self._drafts)
         for place, row in moving.items():
             self._count_prompt(row)
             fresh = row.tokens[-max(1, row.num_fresh) :]
@@ -262,14 +274,15 @@ class Engine:
         shards = len(self._schedule.pools)
         return np.full(shards, self._schedule.rows_per_shard, np.int32)
 
-    def _pages_of(self, rows: dict[int, Row], size: int) -> np.ndarray:
-        """A table of rows' pages, its width rounded up; where there is none, one outside the pool.
+    def _pages_of(self, rows: dict[int, Row], size: int, width: int = 0) -> np.ndarray:
+        """A table of rows' pages; where there is none, one outside the pool.
 
         Args:
           rows: by their line in the table.
           size: how many lines it has.
+          width: the least, which is rounded up.
         """
-        width = table_width(max(len(row.pages) for row in rows.values()))
+        width = table_width(max([width, *(len(row.pages) for row in rows.values())]))
         page_BW = np.full((size, width), self._schedule.pools[0].num_pages, np.int32)
         for line, row in rows.items():
             page_BW[line, : len(row.pages)] = row.pages

@@ -1,7 +1,7 @@
 """The compiled steps of generating, on a mesh: reading prompts, and moving on."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from glm5_jax.cache import KVCache, Pools
 from glm5_jax.collectives import BATCH, MODEL, alike, published, share
 from glm5_jax.config import Config
 from glm5_jax.inference.drafting import propose, row_of
-from glm5_jax.inference.request import MOST_ALTERNATIVES
+from glm5_jax.inference.request import MOST_ALTERNATIVES, Request
 from glm5_jax.inference.sampling import (
     Choices,
     Likelihoods,
@@ -61,6 +61,13 @@ class Portion(NamedTuple):
     page_RW: Numbers  # int32, pages of the shard's pool
     row_R: Numbers  # int32, row of the shard's part of the batch
 
+    @classmethod
+    def empty(cls, length: int, page_RW: np.ndarray, row_R: np.ndarray) -> "Portion":
+        """No tokens, in arrays to be filled in."""
+        token_RT = np.zeros((len(row_R), length), np.int32)
+        count_R, start_R, writable_R = (np.zeros(len(row_R), np.int32) for _ in range(3))
+        return cls(token_RT, count_R, start_R, writable_R, page_RW, row_R)
+
 
 class Turn(NamedTuple):
     """What the rows of the batch are continued from."""
@@ -73,6 +80,23 @@ class Turn(NamedTuple):
     count_B: Numbers  # int32, which of the row's new tokens comes next, from 1
     choices: Choices
     wants_likelihood_B: Numbers  # bool
+
+    @classmethod
+    def of(cls, requests: Sequence[Request | None], page_BW: np.ndarray, num_drafts: int) -> "Turn":
+        """What each row's request wants; tokens and counts are to be filled in."""
+        num_fresh_B, length_B, count_B = (np.zeros(len(requests), np.int32) for _ in range(3))
+        return cls(
+            token_BT=np.zeros((len(requests), 1 + num_drafts), np.int32),
+            num_fresh_B=num_fresh_B,
+            length_B=length_B,
+            page_BW=page_BW,
+            active_B=np.array([request is not None for request in requests]),
+            count_B=count_B,
+            choices=Choices.of(requests),
+            wants_likelihood_B=np.array(
+                [each is not None and each.alternatives is not None for each in requests]
+            ),
+        )
 
 
 class Outcome(NamedTuple):
