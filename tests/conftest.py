@@ -1,7 +1,6 @@
 """Eight CPU devices, no dtype promoted without being asked for, repeatable property tests.
 
-Tests spend their time compiling, not computing, so the compiler is told not to try hard, and what
-one process has compiled the others find in a folder that is there for this run only.
+What one process has compiled the others find in a folder that is there for this run only.
 """
 
 import os
@@ -9,11 +8,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+from tests.flags import xla_flags
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-)
+os.environ.setdefault("XLA_FLAGS", xla_flags(8))
 
 import hypothesis
 import jax

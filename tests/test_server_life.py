@@ -15,11 +15,12 @@ import pytest
 from glm5_jax.__main__ import main
 from glm5_jax.inference.engine import Engine
 from glm5_jax.server.limits import Limits
+from tests.flags import xla_flags
 from tests.serving import ENDLESS, NAME, events_of, serve, until, write_model
 
 ENDLESS_TEXT = {"model": NAME, "prompt": "a", **ENDLESS}
 
-ONE_DEVICE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+ONE_DEVICE = {"XLA_FLAGS": xla_flags(1)}
 
 
 @pytest.fixture(scope="module")

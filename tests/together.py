@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-_FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+from tests.flags import xla_flags
 
 
 class Ended(NamedTuple):
@@ -27,7 +27,7 @@ def free_port():
 @contextlib.contextmanager
 def started_together(*commands, folders=None):
     """Modules with their arguments, one process each; killed at the end if they still run."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": _FLAGS}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(4)}
     environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
     flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", str(len(commands))]
     flags += ["--start-timeout", "60", "--process-id"]
