@@ -33,7 +33,7 @@ _KEY_NORM_EPS = 1e-6  # of every published model; not in the config
 _HIDDEN = float(jnp.finfo(jnp.float32).min)  # finite, lest a query that sees nothing yield NaN
 # Up to here a product over all heads is small, and faster than reading the keys once per head.
 _FEW_QUERIES = 8
-_GATHERED_BYTES = 2**19  # of keys from pages at a time, on a CPU
+_GATHERED_BYTES = 2**20  # of keys from pages at a time, on a CPU
 # Names the loop over pages in traces: how often it runs depends on how long the rows are.
 PAGE_LOOP = "index_pages"
 
