@@ -13,7 +13,7 @@ from glm5_jax.experts import Experts
 from glm5_jax.indexer import Indexer
 from glm5_jax.layers import LayerKind
 from glm5_jax.mlp import Mlp
-from glm5_jax.moe import Moe
+from glm5_jax.moe import Moe, Routing
 from glm5_jax.norm import rms_norm
 from glm5_jax.params import scale
 from glm5_jax.places import Places
@@ -51,6 +51,7 @@ class Report(NamedTuple):
     """What can be observed of a layer, by one device of its part of the batch."""
 
     load_E: jax.Array | None  # counted tokens per expert, int32; None for dense layers
+    routing: Routing | None  # the experts of each token; None for dense layers
     selection: Selection
     index_nats: jax.Array | None  # divergence of the indexer, summed over its counted queries
 
@@ -119,16 +120,16 @@ class Block(nnx.Module):
         x_BTD = x_BTD + total(out_BTD, (MODEL,))
 
         normed_BTD = rms_norm(x_BTD, self.mlp_norm, self.norm_eps)
-        load_E = None
+        load_E = routing = None
         if isinstance(self.mlp, Moe):
             assert experts is not None
             expert_axes = setting.rules.axes["experts"]
-            out_BTD, load_E = self.mlp(
+            out_BTD, load_E, routing = self.mlp(
                 normed_BTD, experts, first_expert, setting.counted_BT, expert_axes
             )
         else:
             out_BTD = self.mlp(spread(normed_BTD, (MODEL,)))
-        report = Report(load_E, selection, index_nats)
+        report = Report(load_E, routing, selection, index_nats)
         return x_BTD + total(out_BTD, (MODEL,)), Memory(rows, index_keys), report
 
 

@@ -20,6 +20,7 @@ class Routing(NamedTuple):
 
     expert_BTK: jax.Array  # int32
     gate_BTK: jax.Array  # float32, what each expert's output is multiplied by
+    score_BTE: jax.Array  # float32, of all experts, from 0 to 1
 
 
 class Router(nnx.Module):
@@ -47,7 +48,7 @@ class Router(nnx.Module):
         gate_BTK = jnp.take_along_axis(scores_BTE, expert_BTK, axis=-1)
         if self.config.normalize_gates:
             gate_BTK = gate_BTK / (jnp.sum(gate_BTK, axis=-1, keepdims=True) + 1e-20)
-        return Routing(expert_BTK, gate_BTK * self.config.gate_scale)
+        return Routing(expert_BTK, gate_BTK * self.config.gate_scale, scores_BTE)
 
 
 def _within_best_groups(ranked_BTE: jax.Array, config: MoeConfig) -> jax.Array:
@@ -79,7 +80,7 @@ class Moe(nnx.Module):
         first_expert: jax.Array,
         counted_BT: jax.Array,
         expert_axes: Axes,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, Routing]:
         """Applies the chosen experts and the shared one.
 
         Args:
@@ -89,8 +90,8 @@ class Moe(nnx.Module):
           expert_axes: of the mesh, that the experts are divided over.
 
         Returns:
-          BTD, of this device's share of the feed-forward width; and the load of each expert: how
-          many counted tokens of this device chose it, E int32.
+          BTD, of this device's share of the feed-forward width; the load of each expert: how many
+          counted tokens of this device chose it, E int32; and the experts of each token.
         """
         routing = self.router(x_BTD)
         x_BTD, gate_BTK = spread((x_BTD, routing.gate_BTK), (MODEL,))
@@ -105,4 +106,4 @@ class Moe(nnx.Module):
         )
         load_E = jnp.zeros(self.router.weight.shape[0], jnp.int32)
         load_E = load_E.at[routing.expert_BTK].add(counted_BT[..., None].astype(jnp.int32))
-        return routed_BTD + self.shared(x_BTD), load_E
+        return routed_BTD + self.shared(x_BTD), load_E, routing

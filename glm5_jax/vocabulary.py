@@ -21,11 +21,21 @@ def scores(head_ZD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
 
 def cross_entropy(scores_BTZ: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     """The nats BT of given tokens, from the shares of the vocabulary's scores."""
+    return log_total(scores_BTZ) - score_of(scores_BTZ, tokens_BT)
+
+
+def log_total(scores_BTZ: jax.Array) -> jax.Array:
+    """The logarithm BT of the softmax's denominator, over all shares of the vocabulary."""
     peak_BT = largest(jnp.max(jax.lax.stop_gradient(scores_BTZ), axis=-1), (MODEL,))
     summed_BT = total(jnp.sum(jnp.exp(scores_BTZ - peak_BT[..., None]), axis=-1), (MODEL,))
+    return jnp.log(summed_BT) + peak_BT
+
+
+def score_of(scores_BTZ: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """The scores BT of given tokens, from the device that has each."""
     row_BT, is_here_BT = _places(tokens_BT, scores_BTZ.shape[-1])
     score_BT = jnp.take_along_axis(scores_BTZ, row_BT[..., None], axis=-1)[..., 0]
-    return jnp.log(summed_BT) + peak_BT - total(jnp.where(is_here_BT, score_BT, 0), (MODEL,))
+    return total(jnp.where(is_here_BT, score_BT, 0), (MODEL,))
 
 
 def _places(tokens_BT: jax.Array, num_here: int) -> tuple[jax.Array, jax.Array]:
