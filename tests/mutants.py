@@ -198,9 +198,23 @@ MUTANTS = [
     Mutant(
         "MTP losses shifted by one token too few",
         "train/loss.py",
-        "tokens_BT, places, 1 + depth, rules)",
-        "tokens_BT, places, depth, rules)",
-        "tests/test_train.py",
+        "tokens_BT, places, distance, rules)",
+        "tokens_BT, places, max(1, distance - 1), rules)",
+        "tests/test_stages_parity.py",
+    ),
+    Mutant(
+        "microbatches that are means of their own tokens",
+        "train/step.py",
+        "                followed_D,\n",
+        "                followed_D / microbatches,\n",
+        "tests/test_accumulation.py",
+    ),
+    Mutant(
+        "Muon that takes keys and values of a head for one matrix",
+        "train/optimizer.py",
+        "sizes=(config.mla.nope_dim, config.mla.value_dim)",
+        "sizes=()",
+        "tests/test_optimizer.py",
     ),
     Mutant(
         "attention of shards merged without regard to what each holds",

@@ -119,7 +119,6 @@ def test_a_search_ranks_meshes_and_compiles_the_best(capsys):
         (["demo", "--topology", "h100:8", "--mesh", "data=" + "9" * 400], "is not an axis"),
         (["demo", "--topology", "h100:8", "--context", "1000000"], "--context is 1000000"),
         (["demo", "--topology", "h100:8", "--search", "--mesh", "data=8"], "expected none"),
-        (["demo", "--topology", "h100:8", "--job", "train", "--dtype", "bfloat16"], "float32"),
     ],
 )
 def test_wrong_input_is_one_line(capsys, arguments, named):

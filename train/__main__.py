@@ -78,8 +78,11 @@ def _add_run(commands: Any) -> None:
     }
     for field in fields:
         option, meaning = _option(field), field.metadata["help"]
+        choices = field.metadata["choices"]
         if isinstance(field.default, bool):
             command.add_argument(option, action="store_true", help=meaning)
+        elif choices is not None:
+            command.add_argument(option, choices=choices, default=field.default, help=meaning)
         else:
             parse, metavar = types[type(field.default)]
             command.add_argument(

@@ -15,7 +15,7 @@ from glm5_jax.params import leaves_by_path
 from glm5_jax.places import Places
 from glm5_jax.sharding import Partition
 from train.data import Batch, Data
-from train.loss import next_token_loss
+from train.loss import next_token_sums
 from train.optimizer import Params
 from train.settings import Settings
 from train.state import assemble
@@ -34,16 +34,13 @@ class Evaluation:
         self._num_rows = min(settings.eval_rows, self._rows.num_rows)
         self._batch_size = settings.batch_size
         self._bytes_per_token = data.bytes_per_token("held_out")
-        self._evaluate = _make_evaluate(config, partition)
+        self._evaluate = _make_evaluate(config, partition, settings.dtype)
 
     def __call__(self, params: Params) -> dict[str, float]:
         """Nats per token, and bits per byte of text, which no tokenizer changes."""
-        means, counts = [], []
-        for batch in self._batches():
-            mean, count = self._evaluate(params, *batch)
-            means.append(float(mean))
-            counts.append(int(count))
-        loss = float(np.average(means, weights=counts))
+        sums = [jax.device_get(self._evaluate(params, *batch)) for batch in self._batches()]
+        nats, counts = zip(*sums, strict=True)
+        loss = float(np.sum(nats, dtype=np.float64) / np.sum(counts))
         bits = loss / math.log(2) / self._bytes_per_token
         return {"held_out_loss": loss, "bits_per_byte": bits}
 
@@ -56,19 +53,19 @@ class Evaluation:
 
 
 def _make_evaluate(
-    config: Config, partition: Partition
+    config: Config, partition: Partition, dtype: str
 ) -> Callable[[Params, np.ndarray, np.ndarray], tuple[jax.Array, jax.Array]]:
-    """Compiles `evaluate(params, tokens_BT, segment_BT)`: a mean loss and of how many tokens."""
+    """Compiles `evaluate(params, tokens_BT, segment_BT)`: nats, and of how many tokens."""
     rules = partition.rules
 
     def evaluate(
         params: Params, tokens_BT: jax.Array, segment_BT: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         tokens_BT, segment_BT = (share(each, BATCH, 0) for each in (tokens_BT, segment_BT))
-        model, places = assemble(config, params), Places.packed(segment_BT)
+        model, places = assemble(config, params, dtype), Places.packed(segment_BT)
         hidden_BTD = forward(model, tokens_BT, places, rules=rules).hidden_BTD
-        mean = next_token_loss(model, hidden_BTD, tokens_BT, places, 1, rules)
-        return mean, total(jnp.sum(places.followed(1)), BATCH)
+        nats = next_token_sums(model, hidden_BTD, tokens_BT, places, 1, rules).nats
+        return nats, total(jnp.sum(places.followed(1)), BATCH)
 
     specs, equal = leaves_by_path(partition.specs(Glm5(config))), PartitionSpec()
     return jax.jit(partition.on_shards(evaluate, (specs, equal, equal), equal))

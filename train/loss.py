@@ -1,21 +1,27 @@
 """What training minimises: a weighted sum of means.
 
-Each part is summed over the whole batch, on all devices, and divided by the number of its own
-tokens there, so neither padding nor packing nor the mesh changes it.
+Each part is summed over the whole batch, on all devices and in all its microbatches, and divided by
+the number of its own tokens there; so neither padding nor packing, the mesh or the accumulation of
+gradients changes it.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from glm5_jax.collectives import BATCH, MESH_AXES, total
+from glm5_jax.block import Report
+from glm5_jax.collectives import BATCH, MESH_AXES, Axes, total
+from glm5_jax.config import Config
+from glm5_jax.layers import LayerPlace
 from glm5_jax.model import Glm5, forward, predict_ahead
 from glm5_jax.places import Places
 from glm5_jax.queries import map_queries
 from glm5_jax.sharding import DECODE, Rules, whole
-from glm5_jax.vocabulary import cross_entropy, scores
+from glm5_jax.vocabulary import log_total, score_of, scores
+from train.balance import imbalance
 
 # What the scores of a block of tokens may take: large, for every block reads the whole head.
 _BLOCK_BYTES = 256 * 2**20
@@ -23,11 +29,26 @@ _BLOCK_BYTES = 256 * 2**20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """How the parts of the loss are weighted."""
+    """What is learnt, and how the parts of the loss are weighted.
 
+    `dense` teaches the model, all of whose tokens attend to all before them; `warmup` teaches the
+    indexers alone, what that attention is; `sparse` teaches both, where tokens attend to those that
+    the indexers select.
+
+    Source: DeepSeek-V3.2, arXiv:2512.02556, section 2.1; GLM-5, arXiv:2602.15763, section 2.1.
+    """
+
+    stage: str = "sparse"
     mtp_depth: int  # tokens further ahead than the next that are predicted
     mtp_weight: float  # of the mean over depths; DeepSeek-V3 has 0.3, later 0.1
     index_weight: float  # of the indexers' divergence, which moves nothing but the indexers
+    balance_weight: float = 0.0  # of the experts' imbalance in sequences; DeepSeek-V3 has 1e-4
+    z_weight: float = 0.0  # of the square of the scores' log-sum-exp
+
+    @property
+    def teaches_indexers(self) -> bool:
+        """Whether indexers learn."""
+        return self.stage != "dense" and self.index_weight > 0
 
     def moves(self, path: str) -> bool:
         """Whether the weight at a path has a part in what is minimised."""
@@ -35,16 +56,30 @@ class Objective:
         if is_ahead and self.mtp_depth == 0:
             return False
         if ".indexer." in path:
-            return self.index_weight > 0
+            return self.teaches_indexers
+        if self.stage == "warmup":
+            return False
         return not is_ahead or self.mtp_weight > 0
+
+    def attending(self, config: Config) -> Config:
+        """The config of the model as it attends in this stage."""
+        if self.stage == "sparse":
+            return config
+        everything = dataclasses.replace(config.indexer, topk=config.max_positions)
+        return dataclasses.replace(config, indexer=everything)
 
 
 class Losses(NamedTuple):
-    """The parts of the loss, in nats per token."""
+    """The parts of the loss; the first three in nats per token."""
 
     next_token: jax.Array
     mtp_D: jax.Array  # by depth
-    indexers: jax.Array  # how far the indexers are from the attention paid, the mean over layers
+    # How far the indexer that serves a layer is from the attention paid there, by layer; after the
+    # last one that of the MTP layer, over all depths. Empty where indexers do not learn.
+    indexer_L: jax.Array
+    indexers: jax.Array  # the mean over layers and depths
+    imbalance: jax.Array  # of experts in sequences, the mean over layers: 1 is balanced; 0 unknown
+    z: jax.Array  # the square of the log-sum-exp of the scores
 
 
 class Loads(NamedTuple):
@@ -54,11 +89,17 @@ class Loads(NamedTuple):
     mtp_E: jax.Array | None  # summed over depths
 
 
+def count_followed(places: Places, mtp_depth: int) -> jax.Array:
+    """For each distance up to `mtp_depth` + 1, how many tokens have one of their own so far on."""
+    return jnp.stack([_count(places.followed(distance)) for distance in range(mtp_depth + 2)])
+
+
 def loss(
     model: Glm5,
     tokens_BT: jax.Array,
     places: Places,
     objective: Objective,
+    followed_D: jax.Array | None = None,
     *,
     rules: Rules = DECODE,
     remat: bool = False,
@@ -67,10 +108,24 @@ def loss(
 
     On a mesh every device calls it with its part of the batch, and gets the same.
 
-    Source: DeepSeek-V3, arXiv:2412.19437, equations 24 and 25, for the tokens further ahead;
-    DeepSeek-V3.2, arXiv:2512.02556, equation 4, for the indexers.
+    Args:
+      followed_D: what `count_followed` gives of a larger batch that this one is a part of. The
+        losses of its parts then add up to that of the whole, as loads do.
+
+    Source: DeepSeek-V3, arXiv:2412.19437, equations 17 to 20 for the experts, 24 and 25 for the
+    tokens further ahead; DeepSeek-V3.2, arXiv:2512.02556, equations 3 and 4, for the indexers.
     """
-    teach = objective.index_weight > 0
+    if followed_D is None:
+        followed_D = count_followed(places, objective.mtp_depth)
+    followed_D = jnp.maximum(followed_D, 1)
+    teach, balance = objective.teaches_indexers, objective.balance_weight > 0
+
+    def observe(counted_BT: jax.Array, report: Report) -> _Seen:
+        uneven = None
+        if balance and report.routing is not None:
+            uneven = imbalance(report.routing, places.segment_BT, counted_BT)
+        return _Seen(report.load_E, report.index_nats, uneven)
+
     output = forward(
         model,
         tokens_BT,
@@ -78,7 +133,7 @@ def loss(
         rules=rules,
         remat=remat,
         teach_indexers=teach,
-        observe=lambda report: (report.load_E, report.index_nats),
+        observe=functools.partial(observe, places.real_BT),
     )
     ahead = []
     if objective.mtp_depth:
@@ -91,51 +146,117 @@ def loss(
             rules=rules,
             teach_indexers=teach,
         )
-    reports = [report for _, report in ahead]
-    index_nats = [nats for segment in output.observed for _, nats in segment]
-    index_nats += [report.index_nats for report in reports]
-    num_queries = model.config.num_layers * _count(places.real_BT)
-    num_queries += sum(_count(places.followed(1 + depth)) for depth in range(len(reports)))
+    seen_ahead = [
+        observe(places.followed(depth), report) for depth, (_, report) in enumerate(ahead, start=1)
+    ]
+    hiddens = [output.hidden_BTD, *(hidden_BTD for hidden_BTD, _ in ahead)]
+    sums = [
+        next_token_sums(model, hidden_BTD, tokens_BT, places, distance, rules)
+        for distance, hidden_BTD in enumerate(hiddens, start=1)
+    ]
+    nats_D = jnp.stack([each.nats for each in sums]) / followed_D[1:]
     losses = Losses(
-        next_token=next_token_loss(model, output.hidden_BTD, tokens_BT, places, 1, rules),
-        mtp_D=jnp.array(
-            [
-                next_token_loss(model, hidden_BTD, tokens_BT, places, 1 + depth, rules)
-                for depth, (hidden_BTD, _) in enumerate(ahead, start=1)
-            ]
-        ),
-        indexers=total(_sum(index_nats), MESH_AXES) / num_queries,
+        next_token=nats_D[0],
+        mtp_D=nats_D[1:],
+        z=sums[0].z / followed_D[1],
+        **_of_layers(model.config, output.observed, seen_ahead, followed_D),
     )
     loads = Loads(
-        segments=tuple(tuple(load for load, _ in segment) for segment in output.observed),
-        mtp_E=_sum_loads([report.load_E for report in reports]),
+        segments=tuple(tuple(seen.load_E for seen in segment) for segment in output.observed),
+        mtp_E=_sum_loads([seen.load_E for seen in seen_ahead]),
     )
-    minimised = losses.next_token + objective.index_weight * losses.indexers
-    if ahead:
+    return _weighted(losses, objective, model.config), (losses, total(loads, BATCH))
+
+
+def _weighted(losses: Losses, objective: Objective, config: Config) -> jax.Array:
+    """What is minimised."""
+    if objective.stage == "warmup":
+        return objective.index_weight * losses.indexers
+    minimised = losses.next_token + objective.z_weight * losses.z
+    if objective.mtp_depth:
         minimised = minimised + objective.mtp_weight * jnp.mean(losses.mtp_D)
-    return minimised, (losses, total(loads, BATCH))
+    if objective.balance_weight:
+        num_layers = sum(kind.mlp == "moe" for kind in config.layers) + objective.mtp_depth
+        minimised = minimised + objective.balance_weight * num_layers * losses.imbalance
+    if objective.teaches_indexers:
+        minimised = minimised + objective.index_weight * losses.indexers
+    return minimised
 
 
-def next_token_loss(
+class _Seen(NamedTuple):
+    """What is kept of a layer's report, or, stacked, of those of a slot."""
+
+    load_E: jax.Array | None
+    index_nats: jax.Array | None
+    imbalance: jax.Array | None  # times the tokens that counted
+
+
+def _of_layers(
+    config: Config,
+    observed: tuple[tuple[_Seen, ...], ...],
+    ahead: list[_Seen],
+    followed_D: jax.Array,
+) -> dict[str, jax.Array]:
+    """The losses that layers report, each divided by how many tokens it is about."""
+
+    def layer(place: LayerPlace) -> _Seen:
+        slot = observed[place.segment][place.slot]
+        return jax.tree.map(lambda leaf: leaf[place.group], slot)
+
+    main = [layer(place) for place in config.places]
+    num_main, num_ahead_D = followed_D[0], followed_D[1 : len(ahead) + 1]
+
+    def summed(name: str, of: list[_Seen], axes: Axes) -> jax.Array:
+        parts = [getattr(seen, name) for seen in of if getattr(seen, name) is not None]
+        return total(jnp.stack(parts), axes) if parts else jnp.zeros(0)
+
+    nats_L, nats_D = (summed("index_nats", of, MESH_AXES) for of in (main, ahead))
+    uneven_L, uneven_D = (summed("imbalance", of, BATCH) for of in (main, ahead))
+    indexer_L, num_queries = nats_L / num_main, len(main) * num_main
+    if ahead:
+        num_queries = num_queries + jnp.sum(num_ahead_D)
+        mean_D = nats_D / jnp.sum(num_ahead_D)
+        indexer_L = jnp.append(indexer_L, jnp.sum(mean_D)) if len(nats_D) else indexer_L
+    if len(uneven_D):
+        uneven_D = uneven_D / num_ahead_D
+    uneven_L = jnp.append(uneven_L / num_main, uneven_D)
+    return {
+        "indexer_L": indexer_L,
+        "indexers": (jnp.sum(nats_L) + jnp.sum(nats_D)) / num_queries,
+        "imbalance": jnp.sum(uneven_L) / max(1, len(uneven_L)),
+    }
+
+
+class Sums(NamedTuple):
+    """Of the tokens that are predicted, on all devices."""
+
+    nats: jax.Array
+    z: jax.Array  # squares of the log-sum-exp of the scores
+
+
+def next_token_sums(
     model: Glm5,
     hidden_BTD: jax.Array,
     tokens_BT: jax.Array,
     places: Places,
     distance: int,
     rules: Rules = DECODE,
-) -> jax.Array:
-    """The mean cross-entropy, in nats, of the tokens `distance` further on in their sequence."""
+) -> Sums:
+    """The cross-entropy, in nats, of the tokens `distance` further on in their sequence."""
     head_ZD = whole(model.head, Glm5(model.config).head, rules)
 
-    def nats_of(hidden_BTD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        return cross_entropy(scores(head_ZD, hidden_BTD), tokens_BT)
+    def sums_of(hidden_BTD: jax.Array, tokens_BT: jax.Array) -> Sums:
+        scores_BTZ = scores(head_ZD, hidden_BTD)
+        total_BT = log_total(scores_BTZ)
+        return Sums(total_BT - score_of(scores_BTZ, tokens_BT), jnp.square(total_BT))
 
     batch = tokens_BT.shape[0]
     length = max(1, _BLOCK_BYTES // (2 * 4 * batch * head_ZD.shape[0]))
-    nats_BT = map_queries(nats_of, length, hidden_BTD[:, :-distance], tokens_BT[:, distance:])
+    by_token = map_queries(sums_of, length, hidden_BTD[:, :-distance], tokens_BT[:, distance:])
     counted_BT = places.followed(distance)[:, :-distance]
-    summed = total(jnp.sum(jnp.where(counted_BT, nats_BT, 0)), BATCH)
-    return summed / jnp.maximum(_count(counted_BT), 1)
+    return jax.tree.map(
+        lambda each_BT: total(jnp.sum(jnp.where(counted_BT, each_BT, 0)), BATCH), by_token
+    )
 
 
 def _count(marked_BT: jax.Array) -> jax.Array:
@@ -147,7 +268,3 @@ def _sum_loads(loads: list[jax.Array | None]) -> jax.Array | None:
     """The loads of one layer over its uses; None if it was not used."""
     counted = [load for load in loads if load is not None]
     return jnp.sum(jnp.stack(counted), axis=0) if counted else None
-
-
-def _sum(parts: list[Any]) -> jax.Array:
-    return sum((jnp.sum(part) for part in parts if part is not None), jnp.zeros(()))

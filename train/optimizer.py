@@ -1,4 +1,4 @@
-"""AdamW with warm-up and decay, and the rule that balances the experts."""
+"""How weights move: AdamW or Muon, their learning rate, and the rule that balances the experts."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -7,77 +7,112 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from glm5_jax.params import ParamSpec
+from glm5_jax.config import Config
+from glm5_jax.model import Glm5
+from glm5_jax.params import ParamSpec, leaves_by_path
 from train.loss import Loads, Objective
+from train.muon import Cut, muon
 from train.settings import Settings
 
 Params = dict[str, jax.Array]  # weights by path
 
 
-def learning_rate(peak: float, final: float, warmup_steps: int, steps: int) -> optax.Schedule:
-    """The rate of every step: up in a line over the warm-up, then down in a cosine to the end."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=peak,
-        warmup_steps=warmup_steps,
-        decay_steps=max(steps, warmup_steps + 1),
-        end_value=final,
-    )
+def learning_rate(settings: Settings) -> optax.Schedule:
+    """The rate of every step: up in a line over the warm-up, then down to the last step."""
+    peak, final = settings.learning_rate, settings.final_learning_rate
+    rise = optax.linear_schedule(0.0, peak, settings.warmup_steps)
+    left = max(1, settings.steps - settings.warmup_steps)
+    match settings.schedule:
+        case "cosine":
+            fall = optax.cosine_decay_schedule(peak, left, alpha=final / peak)
+        case "linear":
+            fall = optax.linear_schedule(peak, final, left)
+        case "wsd":  # warm-up, stable, decay
+            steps = min(left, round(settings.steps * settings.decay_part))
+            fall = optax.linear_schedule(peak, final, steps, transition_begin=left - steps)
+    return optax.join_schedules([rise, fall], [settings.warmup_steps])
 
 
 class Recipe(NamedTuple):
     """How a run learns."""
 
     objective: Objective
+    learnt: tuple[str, ...]  # paths of the weights that gradients move
     rate: optax.Schedule
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformation  # of the weights that are learnt, by path
 
 
-def make_recipe(specs: Mapping[str, ParamSpec], settings: Settings) -> Recipe:
-    """What settings say of how to learn the given weights."""
+def make_recipe(config: Config, settings: Settings) -> Recipe:
+    """What settings say of how to learn a model's weights."""
+    specs = leaves_by_path(Glm5(config))
     objective = Objective(
+        stage=settings.stage,
         mtp_depth=settings.mtp_depth,
         mtp_weight=settings.mtp_weight,
         index_weight=settings.index_weight,
+        balance_weight=settings.balance_weight,
+        z_weight=settings.z_weight,
     )
-    rate = learning_rate(
-        settings.learning_rate,
-        settings.final_learning_rate,
-        settings.warmup_steps,
-        settings.steps,
+    rate = learning_rate(settings)
+    chosen = {path: specs[path] for path in learnt(specs, objective)}
+    cuts = {
+        "adamw": None,
+        "muon": {},
+        "muon_split": {path: cut for path in chosen if (cut := _cut(path, config)) is not None},
+    }
+    optimizer = make_optimizer(
+        chosen, rate, settings.weight_decay, settings.clip, cuts[settings.optimizer]
     )
-    optimizer = make_optimizer(specs, objective, rate, settings.weight_decay, settings.clip)
-    return Recipe(objective, rate, optimizer)
+    return Recipe(objective, tuple(chosen), rate, optimizer)
+
+
+def _cut(path: str, config: Config) -> Cut | None:
+    """How Muon Split cuts a weight: the up-projections of queries, keys and values, by head."""
+    if path.endswith("attention.q_up"):
+        return Cut(by_head=True)
+    if path.endswith("attention.kv_up"):
+        return Cut(by_head=True, sizes=(config.mla.nope_dim, config.mla.value_dim))
+    return None
 
 
 def make_optimizer(
     specs: Mapping[str, ParamSpec],
-    objective: Objective,
     rate: optax.Schedule,
     weight_decay: float,
     clip: float,
+    cuts: Mapping[str, Cut] | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW over weights by path, after clipping the norm of all gradients together.
+    """An optimizer of weights by path, after clipping the norm of all gradients together.
 
-    Matrices are decayed, norms and biases are not. The routers' biases are left to `balance`, and
-    weights that the objective does not move stay as they are: decay alone would wear them away.
+    Matrices are decayed, norms and biases are not.
+
+    Args:
+      cuts: what `muon` takes, for Muon on all matrices but those of the vocabulary; AdamW on all
+        without it.
     """
     by_label = {
         "matrix": optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=weight_decay),
         "vector": optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.0),
-        "kept": optax.set_to_zero(),
     }
-    labels = {
-        path: _label(path, spec) if objective.moves(path) else "kept"
-        for path, spec in specs.items()
-    }
+    if cuts is not None:
+        by_label["muon"] = muon(specs, cuts, rate, weight_decay)
+
+    def label(spec: ParamSpec) -> str:
+        if spec.start != "normal":
+            return "vector"
+        return "matrix" if cuts is None or "vocab" in spec.axes else "muon"
+
+    labels = {path: label(spec) for path, spec in specs.items()}
     return optax.chain(optax.clip_by_global_norm(clip), optax.partition(by_label, labels))
 
 
-def _label(path: str, spec: ParamSpec) -> str:
-    if path.endswith(_ROUTER_BIAS):
-        return "kept"
-    return "matrix" if spec.start == "normal" else "vector"
+def learnt(specs: Mapping[str, ParamSpec], objective: Objective) -> list[str]:
+    """The paths of the weights that gradients move.
+
+    Others have no gradient and no state of the optimizer: weights that the objective does not move,
+    which decay alone would wear away, and the routers' biases, which are left to `balance`.
+    """
+    return [path for path in specs if objective.moves(path) and not path.endswith(_ROUTER_BIAS)]
 
 
 _ROUTER_BIAS = "mlp.router.bias"

@@ -4,9 +4,6 @@ import jax
 import jax.numpy as jnp
 
 from glm5_jax.config import Config
-from glm5_jax.errors import InputError
-from glm5_jax.model import Glm5
-from glm5_jax.params import leaves_by_path
 from glm5_jax.plan.programs import Job, Program, Work, loop_trips
 from glm5_jax.sharding import TRAIN, Partition
 from train.optimizer import make_recipe
@@ -17,15 +14,18 @@ from train.step import make_step
 
 def program(config: Config, partition: Partition, work: Work) -> Program:
     """A step of `glm5-train run` with its default settings, layers rematerialised."""
-    if work.dtype not in (None, "float32"):
-        raise InputError(f"--dtype is {work.dtype}, expected float32, which training computes in")
-    settings = Settings(mtp_depth=min(Settings.mtp_depth, config.num_mtp_layers))
-    objective, _, optimizer = make_recipe(leaves_by_path(Glm5(config)), settings)
-    state = abstract_state(config, optimizer, partition)
+    settings = Settings(
+        mtp_depth=min(Settings.mtp_depth, config.num_mtp_layers),
+        dtype=work.dtype or Settings.dtype,
+    )
+    recipe = make_recipe(config, settings)
+    state = abstract_state(config, recipe, partition)
     rows_BT = jax.ShapeDtypeStruct((work.batch, work.context), jnp.int32)
     num_tokens = work.batch * work.context
     return Program(
-        make_step(config, objective, optimizer, settings.balance_rate, partition, remat=True),
+        make_step(
+            config, recipe, settings.balance_rate, partition, dtype=settings.dtype, remat=True
+        ),
         (state, rows_BT, rows_BT),
         {"weights": state.params, "optimizer": state.optimizer},
         num_tokens,

@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 import jax
-import optax
 from rich.progress import TextColumn
 
 from glm5_jax.atomic import new_directory
+from glm5_jax.collectives import BATCH
 from glm5_jax.config import Config
 from glm5_jax.config_json import config_to_json
 from glm5_jax.console import notice, progress
@@ -32,7 +32,7 @@ from train.metrics import (
     summary,
     to_line,
 )
-from train.optimizer import make_recipe
+from train.optimizer import Recipe, make_recipe
 from train.settings import Settings
 from train.state import TrainState, abstract_state, start
 from train.step import make_step
@@ -55,20 +55,26 @@ def train(data: Data, config: Config, run: Path, settings: Settings, partition: 
         settings, processes see different files, or a number of a step is not finite.
     """
     rows = data.split("train", settings.length, at_least=settings.batch_size)
-    _require_fit(data, config, settings)
     specs = leaves_by_path(Glm5(config))
     require_divisible(specs, partition.rules, partition.mesh.shape, settings.batch_size)
-    evaluation = Evaluation(data, config, settings, partition)
+    _require_fit(data, config, settings, partition)
+    recipe = make_recipe(config, settings)
+    evaluation = Evaluation(data, recipe.objective.attending(config), settings, partition)
     config = dataclasses.replace(config, eos_ids=(data.end_id,), pad_id=data.end_id)
-    objective, rate, optimizer = make_recipe(specs, settings)
     if is_first():
         _claim(run, config, settings)
     newest = _newest_checkpoint(run, data, config)
     if partition.mesh.size > 1:
         notice(announcement(partition.mesh))
-    state = _start_or_resume(newest, run, config, optimizer, settings, partition)
+    state = _start_or_resume(newest, run, config, recipe, settings, partition)
     step = make_step(
-        config, objective, optimizer, settings.balance_rate, partition, remat=settings.remat
+        config,
+        recipe,
+        settings.balance_rate,
+        partition,
+        dtype=settings.dtype,
+        microbatches=settings.microbatches,
+        remat=settings.remat,
     )
     with (
         on_first(lambda: (run / METRICS_NAME).open("a")) as log,
@@ -82,7 +88,7 @@ def train(data: Data, config: Config, run: Path, settings: Settings, partition: 
             batch = rows.batch(number, settings.batch_size, settings.seed)
             with jax.set_mesh(partition.mesh):
                 state, metrics = step(state, *batch)
-            record = make_record(number + 1, metrics, float(rate(number)))
+            record = make_record(number + 1, metrics, float(recipe.rate(number)))
             seconds = time.perf_counter() - began
             record["tokens_per_second"] = round(batch.tokens_BT.size / seconds, 1)
             is_last = number + 1 == settings.steps
@@ -103,8 +109,14 @@ def train(data: Data, config: Config, run: Path, settings: Settings, partition: 
     return newest
 
 
-def _require_fit(data: Data, config: Config, settings: Settings) -> None:
-    """Refuses data and settings that are not for a model of the config."""
+def _require_fit(data: Data, config: Config, settings: Settings, partition: Partition) -> None:
+    """Refuses data and settings that are not for a model of the config, on that mesh."""
+    rows = settings.batch_size // partition.num_shards(BATCH)
+    if rows % settings.microbatches:
+        raise InputError(
+            f"microbatches is {settings.microbatches}, expected a divisor of the {rows} rows that "
+            "each device has of a batch"
+        )
     if data.vocab_size > config.vocab_size:
         raise InputError(
             f"{data.directory}: has {data.vocab_size} tokens, expected at most the config's "
@@ -169,16 +181,16 @@ def _start_or_resume(
     newest: Path | None,
     run: Path,
     config: Config,
-    optimizer: optax.GradientTransformation,
+    recipe: Recipe,
     settings: Settings,
     partition: Partition,
 ) -> TrainState:
     if newest is None:
         if is_first():
             (run / METRICS_NAME).unlink(missing_ok=True)
-        return start(config, optimizer, partition, settings.seed)
+        return start(config, recipe, partition, settings.seed)
     notice(f"{run}: goes on from {newest.name}")
-    template = abstract_state(config, optimizer, partition)
+    template = abstract_state(config, recipe, partition)
     state = checkpoint.restore(newest, config, partition, template)
     if is_first():
         forget_later_steps(run / METRICS_NAME, int(state.step))

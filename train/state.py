@@ -5,14 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from glm5_jax.config import Config
 from glm5_jax.model import Glm5
-from glm5_jax.params import abstract, initialize, leaves_by_path, map_specs
+from glm5_jax.params import abstract, initialize, leaf_dtype, leaves_by_path, map_specs
 from glm5_jax.sharding import Partition
-from train.optimizer import Params
+from train.optimizer import Params, Recipe
 
 
 @jax.tree_util.register_dataclass
@@ -25,9 +24,7 @@ class TrainState:
     optimizer: Any
 
 
-def start(
-    config: Config, optimizer: optax.GradientTransformation, partition: Partition, seed: int
-) -> TrainState:
+def start(config: Config, recipe: Recipe, partition: Partition, seed: int) -> TrainState:
     """The state before the first step, on the devices; the weights do not depend on the mesh."""
     blueprint = Glm5(config)
 
@@ -37,12 +34,11 @@ def start(
 
     params = jax.jit(draw, out_shardings=leaves_by_path(partition.shardings(blueprint)))()
     with jax.set_mesh(partition.mesh):
-        return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+        learnt = {path: params[path] for path in recipe.learnt}
+        return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(recipe.optimizer.init)(learnt))
 
 
-def abstract_state(
-    config: Config, optimizer: optax.GradientTransformation, partition: Partition
-) -> TrainState:
+def abstract_state(config: Config, recipe: Recipe, partition: Partition) -> TrainState:
     """Shapes, dtypes and shardings of the state."""
     params = leaves_by_path(abstract(Glm5(config), sharding=partition.sharding))
 
@@ -52,11 +48,12 @@ def abstract_state(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     with jax.set_mesh(partition.mesh):
-        optimizer_state = jax.eval_shape(optimizer.init, params)
+        learnt = {path: params[path] for path in recipe.learnt}
+        optimizer_state = jax.eval_shape(recipe.optimizer.init, learnt)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     return jax.tree.map(on_devices, TrainState(step, params, optimizer_state))
 
 
-def assemble(config: Config, params: Params) -> Glm5:
-    """The model with the given weights."""
-    return map_specs(lambda path, _: params[path], Glm5(config))
+def assemble(config: Config, params: Params, dtype: jax.typing.DTypeLike = jnp.float32) -> Glm5:
+    """The model with the given weights, in a dtype but for those that are pinned to another."""
+    return map_specs(lambda path, spec: params[path].astype(leaf_dtype(spec, dtype)), Glm5(config))

@@ -1,7 +1,7 @@
 """One step of training."""
 
 import functools
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,14 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from glm5_jax.collectives import BATCH, share
+from glm5_jax.collectives import BATCH, alike, share
 from glm5_jax.config import Config
 from glm5_jax.model import Glm5
 from glm5_jax.params import leaves_by_path
 from glm5_jax.places import Places
 from glm5_jax.sharding import Partition
-from train.loss import Loads, Losses, Objective, loss
-from train.optimizer import Params, balance
+from train.loss import Loads, Losses, count_followed, loss
+from train.optimizer import Params, Recipe, balance
 from train.state import TrainState, assemble
 
 
@@ -40,38 +40,81 @@ class Step(Protocol):
 
 def make_step(
     config: Config,
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
+    recipe: Recipe,
     balance_rate: float,
     partition: Partition,
     *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    microbatches: int = 1,
     remat: bool,
 ) -> Step:
     """Compiles a step.
 
-    Gradients are taken by every device on its shards; the optimizer, which works elementwise, sees
-    the whole arrays.
-    """
+    Gradients are taken by every device on its shards, of the weights that are learnt; the
+    optimizer, which works elementwise, sees the whole arrays.
 
-    def total_loss(
-        params: Params, tokens_BT: jax.Array, segment_BT: jax.Array
-    ) -> tuple[jax.Array, tuple[Losses, Loads]]:
+    Args:
+      dtype: that is computed in; weights, what is added up and the optimizer stay in float32.
+      microbatches: parts of a batch, one after the other, whose gradients are added up; each
+        device's rows are divided by it.
+    """
+    objective, optimizer = recipe.objective, recipe.optimizer
+    attending = objective.attending(config)
+
+    def gradient_of(
+        learnt: Params, kept: Params, tokens_BT: jax.Array, segment_BT: jax.Array
+    ) -> tuple[Params, tuple[Losses, Loads]]:
         tokens_BT, segment_BT = (share(each, BATCH, 0) for each in (tokens_BT, segment_BT))
-        model, places = assemble(config, params), Places.packed(segment_BT)
-        return loss(model, tokens_BT, places, objective, rules=partition.rules, remat=remat)
+        followed_D = count_followed(Places.packed(segment_BT), objective.mtp_depth)
+
+        def part_loss(
+            learnt: Params, tokens_BT: jax.Array, segment_BT: jax.Array
+        ) -> tuple[jax.Array, tuple[Losses, Loads]]:
+            model = assemble(attending, learnt | kept, dtype)
+            places = Places.packed(segment_BT)
+            return loss(
+                model,
+                tokens_BT,
+                places,
+                objective,
+                followed_D,
+                rules=partition.rules,
+                remat=remat,
+            )
+
+        take = jax.grad(part_loss, has_aux=True)
+        if microbatches == 1:
+            return take(learnt, tokens_BT, segment_BT)
+
+        def add(so_far: Any, rows: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, so_far, take(learnt, *rows)), None
+
+        parts = jax.tree.map(
+            lambda each: each.reshape(microbatches, -1, each.shape[-1]), (tokens_BT, segment_BT)
+        )
+        _, shapes = jax.eval_shape(take, learnt, *(each[0] for each in parts))
+        nothing = (
+            jax.tree.map(lambda weight: alike(jnp.zeros_like(weight), weight)[0], learnt),
+            jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), shapes),
+        )
+        return jax.lax.scan(add, nothing, parts)[0]
 
     specs, equal = leaves_by_path(partition.specs(Glm5(config))), PartitionSpec()
+    learnt_specs = {path: specs[path] for path in recipe.learnt}
+    kept_specs = {path: spec for path, spec in specs.items() if path not in learnt_specs}
     gradient = partition.on_shards(
-        jax.grad(total_loss, has_aux=True), (specs, equal, equal), (specs, equal)
+        gradient_of, (learnt_specs, kept_specs, equal, equal), (learnt_specs, equal)
     )
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(
         state: TrainState, tokens_BT: jax.Array, segment_BT: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        gradients, (losses, loads) = gradient(state.params, tokens_BT, segment_BT)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        learnt = {path: state.params[path] for path in learnt_specs}
+        kept = {path: state.params[path] for path in kept_specs}
+        gradients, (losses, loads) = gradient(learnt, kept, tokens_BT, segment_BT)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, learnt)
+        params = kept | optax.apply_updates(learnt, updates)
         params = balance(params, loads, objective, balance_rate)
         metrics = Metrics(
             losses, optax.tree.norm(gradients), optax.tree.norm(params), _imbalance(loads)
@@ -82,10 +125,8 @@ def make_step(
 
 
 def _imbalance(loads: Loads) -> jax.Array:
-    layers = [load for load in jax.tree.leaves(loads) if load is not None]
+    layers = [load.astype(jnp.float32) for load in jax.tree.leaves(loads)]
     if not layers:
         return jnp.ones(())
-    ratios = [
-        jnp.max(jnp.max(load, -1) / jnp.mean(load.astype(jnp.float32), -1)) for load in layers
-    ]
+    ratios = [jnp.max(jnp.max(load, -1) / jnp.mean(load, -1)) for load in layers]
     return jnp.max(jnp.stack(ratios))

@@ -49,7 +49,9 @@ def add(commands: Any) -> None:
         help="tokens of a row (default: 32768, to train 4096, at most the model's)",
     )
     command.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of weights (default: the model's)"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of weights (default: the model's); for train, that steps compute in (float32)",
     )
     command.add_argument(
         "--search",
