@@ -9,12 +9,11 @@ import contextlib
 import json
 import socket
 import time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from glm5_jax.errors import InputError
 
 _LONGEST_LINE = 4096
-_GREETING = {"process", "of", "host"}  # what every process but the first says
 _PAUSE = 0.2  # seconds between attempts to connect
 
 
@@ -62,7 +61,7 @@ def _receive(member: Member, deadline: float) -> str | None:
                 except TimeoutError:
                     fault = _missing(member, hosts)
                     break
-                if "process" in (greeting := _read_line(other, 5) or {}):
+                if _is_greeting(greeting := _read_line(other, 5)):
                     others.append(other)
                     fault = _enter(greeting, member, hosts)
         # By now nobody listens, so JAX's coordinator can, and nobody takes this for it.
@@ -122,7 +121,7 @@ def _join(member: Member, deadline: float) -> str | None:
                 _write_line(connection, greeting)
                 # Process 0 may have begun to wait later than this one, and says so if it gives up.
                 answer = _read_line(connection, deadline - time.monotonic() + 1)
-            if answer is not None:
+            if answer is not None and "fault" in answer:
                 return None if answer["fault"] is None else str(answer["fault"])
             reason = "whoever listens there does not answer"
         except OSError as error:
@@ -137,7 +136,7 @@ def _write_line(connection: socket.socket, message: dict[str, Any]) -> None:
 
 
 def _read_line(connection: socket.socket, seconds: float) -> dict[str, Any] | None:
-    """One message; None if the other side went away or is no process of ours."""
+    """One message; None if the other side went away or says none."""
     connection.settimeout(max(seconds, 0.001))
     line = b""
     try:
@@ -147,7 +146,14 @@ def _read_line(connection: socket.socket, seconds: float) -> dict[str, Any] | No
                 return None
             line += part
         message = json.loads(line)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    known = isinstance(message, dict) and ("fault" in message or set(message) >= _GREETING)
-    return message if known else None
+    return message if isinstance(message, dict) else None
+
+
+def _is_greeting(message: dict[str, Any] | None) -> TypeGuard[dict[str, Any]]:
+    """Whether it is what every process but the first says."""
+    kinds = {"process": int, "of": int, "host": str}
+    if message is None or {name: type(value) for name, value in message.items()} != kinds:
+        return False
+    return bool(0 <= message["process"] < message["of"])

@@ -252,6 +252,10 @@ def test_strangers_are_not_taken_for_processes():
         b'{"process": 1}\n',
         b'{"process": 1, "of": 2}\n',
         b'{"fault": 1}\n',
+        b'{"fault": 1, "process": 1}\n',
+        b'{"process": [1], "of": 2, "host": "x"}\n',
+        b'{"process": 2, "of": 2, "host": "x"}\n',
+        b"[" * 4095 + b"\n",
         b"",
     ):
         with contextlib.suppress(ConnectionRefusedError):
