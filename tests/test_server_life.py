@@ -248,7 +248,7 @@ def test_a_model_that_cannot_converse_is_served_with_a_notice(directory, capsys,
     copy = shutil.copytree(directory, tmp_path / "model")
     (copy / "chat_template.jinja").unlink()
     assert main(["serve", "--model", str(copy), "--port", "0", "--mesh", "model=3"]) == 2
-    said = "completions only, no conversations: the model has no chat_template.jinja"
+    said = "completions do not: the model has no chat_template.jinja"
     assert said in capsys.readouterr().err
 
 

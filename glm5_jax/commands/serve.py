@@ -43,8 +43,8 @@ def add(commands: Any) -> None:
         type=integer(0),
         default=1024,
         metavar="N",
-        help="compile for texts of up to N tokens before serving; what longer ones need, the "
-        "first of them waits for",
+        help="compile for texts of up to N tokens before serving; when the first longer one comes "
+        "all wait for what it needs",
     )
     _add_limits(command)
     add_processes(command)
@@ -104,7 +104,7 @@ def _run(args: argparse.Namespace) -> int:
         try:
             tokenizer.render_chat([{"role": "user", "content": "hello"}])
         except InputError as error:  # models that were not taught to converse have no template
-            notice(f"completions only, no conversations: {error}")
+            notice(f"conversations may fail, completions do not: {error}")
         if is_first():
             with listening_socket(args.host, args.port) as bound:
                 _serve(_service(args, tokenizer, key), bound)

@@ -191,7 +191,7 @@ class Tokenizer:
             try:
                 return path.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
-                raise InputError(f"{path}: not UTF-8: {error}") from None
+                raise InputError(f"{path.name}: not UTF-8: {error}") from None
         config = self._directory / "tokenizer_config.json"
         template = read_json(config).get("chat_template") if config.is_file() else None
         if not isinstance(template, str):
@@ -212,6 +212,8 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     if content is None and says_other:
         content = ""
     result = {**message, "content": _content(content, f"{where}.content")}
+    if message.get("role") == "developer":  # OpenAI's newer name for what templates call system
+        result["role"] = "system"
     if calls is not None:
         if not isinstance(calls, list):
             raise InputError(f"{where}.tool_calls is {calls!r:.80}, expected a list")

@@ -60,8 +60,6 @@ def _render(tokenizer: Tokenizer, body: ChatBody, tools: list[dict[str, Any]]) -
     if body.reasoning_effort is not None:
         options["reasoning_effort"] = body.reasoning_effort
     messages = [message.model_dump(exclude_none=True) for message in body.messages]
-    for message in messages:  # OpenAI's newer name for what templates call the system
-        message["role"] = {"developer": "system"}.get(message["role"], message["role"])
     try:
         return tokenizer.render_chat(messages, tools=tools or None, options=options)
     except InputError as error:
