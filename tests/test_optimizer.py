@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from glm5_jax.collectives import MESH_AXES
+from glm5_jax.errors import InputError
 from glm5_jax.mesh import make_mesh
 from glm5_jax.model import Glm5
 from glm5_jax.params import ParamSpec, leaves_by_path
@@ -53,6 +54,21 @@ def test_only_matrices_decay(cuts):
 
     for path, moved in update(params).items():
         assert bool(jnp.any(moved != 0)) == (specs[path].start == "normal"), path
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"learning_rate": 3e-5}, "final_learning_rate is 0.0001, expected at most"),
+        ({"decay_part": 0.0}, "decay_part is 0.0, expected more than 0"),
+        ({"microbatches": 0}, "microbatches is 0, expected at least 1"),
+        ({"schedule": "steps"}, "schedule is steps, expected one of cosine, linear, wsd"),
+        ({"stage": "warmup", "index_weight": 0.0}, "nothing would be learnt"),
+    ],
+)
+def test_senseless_settings_are_refused(options, named):
+    with pytest.raises(InputError, match=named):
+        Settings(**options)
 
 
 def heads(update, sizes):

@@ -8,13 +8,15 @@ import pytest
 from glm5_jax import console
 from glm5_jax.__main__ import main as glm5
 from glm5_jax.checkpoint import restore_checkpoint
+from glm5_jax.errors import InputError
 from glm5_jax.model import Glm5, forward, logits
 from glm5_jax.params import leaves_by_path
 from glm5_jax.places import Places
 from glm5_jax.sharding import on_one_device
 from tests.text import prepare_data
-from tests.tiny import SHARED
+from tests.tiny import SHARED, tiny_config
 from train.__main__ import main
+from train.checkpoint import weights
 from train.data import Data
 from train.evaluation import Evaluation
 from train.metrics import read_metrics
@@ -93,6 +95,25 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(workplace, finished):
     for path in (finished / "step-000007" / "params").rglob("[0-9]*"):
         twin = run / path.relative_to(finished)
         assert path.read_bytes() == twin.read_bytes(), path
+
+
+def test_the_next_stage_starts_with_the_weights_of_the_last(workplace, finished, capsys):
+    run, last = workplace / "warmup", finished / "step-000007"
+    assert train(workplace, run, 2, "--stage", "warmup", "--from", str(last)) == 0
+    assert ", indexers " in capsys.readouterr().err
+    before, after = (
+        leaves_by_path(restore_checkpoint(path)) for path in (last, run / "step-000002")
+    )
+    for path, weight in before.items():
+        assert np.array_equal(weight, after[path]) == (".indexer." not in path), path
+    assert train(workplace, run, 2, "--stage", "warmup") == 2
+    assert f"was started with from '{last}', not None" in capsys.readouterr().err
+
+
+def test_weights_of_another_model_are_no_start(workplace, finished, capsys):
+    config = tiny_config(RAW | {"num_nextn_predict_layers": 0})
+    with pytest.raises(InputError, match=r"mtp\.block\..* has the shape .*, expected .* None"):
+        weights(finished / "step-000007", config, on_one_device())
 
 
 def test_another_seed_trains_another_model(workplace, finished):
@@ -178,7 +199,10 @@ def test_settings_that_no_number_depends_on_may_change(workplace, finished):
     ("text", "named"),
     [
         ('{"settings": 3}', "settings is 3, expected an object"),
-        ('{"settings": {}, "config": {}}', "was started with steps None"),
+        (
+            '{"settings": {}, "config": {}}',
+            "settings has no balance_rate, balance_weight, batch_size",
+        ),
         ("[]", "expected a JSON object"),
     ],
 )

@@ -70,6 +70,14 @@ def _add_run(commands: Any) -> None:
     command.add_argument(
         "--config", required=True, metavar="PRESET|FILE", help="a preset's name or a config.json"
     )
+    command.add_argument(
+        "--from",
+        type=Path,
+        dest="initial",
+        metavar="DIR",
+        help="a native checkpoint whose weights a new run starts with, such as the last one of a "
+        "run of another stage (default: random weights)",
+    )
     add_mesh(command)
     add_processes(command)
     types: dict[type, tuple[Callable[[str], float], str]] = {
@@ -148,7 +156,7 @@ def _train(args: argparse.Namespace) -> None:
     published = load_preset(args.config) if is_preset else read_config(path)
     data = Data(args.data)
     partition = partition_for(published.config, args.mesh, "train", settings.batch_size)
-    last = train(data, published.config, args.run_directory, settings, partition)
+    last = train(data, published.config, args.run_directory, settings, partition, args.initial)
     print(f"{last}: trained for {settings.steps} steps")
 
 

@@ -14,10 +14,12 @@ from glm5_jax.chunks import layout
 from glm5_jax.config import Config
 from glm5_jax.errors import InputError
 from glm5_jax.mesh import put
+from glm5_jax.model import Glm5
 from glm5_jax.params import leaf_path, leaves_by_path
 from glm5_jax.processes import is_first, on_first
 from glm5_jax.sharding import Partition
 from glm5_jax.tree_store import TreeReader, write_tree
+from train.optimizer import Params
 from train.state import TrainState, assemble
 
 _OPTIMIZER_NAME = "optimizer"
@@ -41,6 +43,23 @@ def save(run: Path, config: Config, state: TrainState, text_from: Path, keep: in
 def saved(run: Path) -> list[Path]:
     """The checkpoints of a run, the newest last."""
     return sorted(path for path in run.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
+
+
+def weights(directory: Path, config: Config, partition: Partition) -> Params:
+    """The weights of a native checkpoint, in float32, to start another run with.
+
+    Raises:
+      InputError: it is damaged, or of a model with other weights.
+    """
+    model = restore_checkpoint(directory, "float32", partition)
+    found, wanted = (leaves_by_path(Glm5(each)) for each in (model.config, config))
+    for path in sorted(found.keys() | wanted.keys()):
+        shapes = [specs[path].shape if path in specs else None for specs in (found, wanted)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"{directory}: {path} has the shape {shapes[0]}, expected the config's {shapes[1]}"
+            )
+    return leaves_by_path(model)
 
 
 def restore(

@@ -32,7 +32,7 @@ class Evaluation:
         """
         self._rows = data.split("held_out", settings.length, at_least=1)
         self._num_rows = min(settings.eval_rows, self._rows.num_rows)
-        self._batch_size = settings.batch_size
+        self._batch_size = settings.batch_size // settings.microbatches
         self._bytes_per_token = data.bytes_per_token("held_out")
         self._evaluate = _make_evaluate(config, partition, settings.dtype)
 

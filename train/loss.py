@@ -70,7 +70,7 @@ class Objective:
 
 
 class Losses(NamedTuple):
-    """The parts of the loss; the first three in nats per token."""
+    """The parts of the loss; the first four in nats per token."""
 
     next_token: jax.Array
     mtp_D: jax.Array  # by depth
@@ -118,11 +118,11 @@ def loss(
     if followed_D is None:
         followed_D = count_followed(places, objective.mtp_depth)
     followed_D = jnp.maximum(followed_D, 1)
-    teach, balance = objective.teaches_indexers, objective.balance_weight > 0
+    teach = objective.teaches_indexers
 
     def observe(counted_BT: jax.Array, report: Report) -> _Seen:
         uneven = None
-        if balance and report.routing is not None:
+        if objective.balance_weight and report.routing is not None:
             uneven = imbalance(report.routing, places.segment_BT, counted_BT)
         return _Seen(report.load_E, report.index_nats, uneven)
 
@@ -149,6 +149,8 @@ def loss(
     seen_ahead = [
         observe(places.followed(depth), report) for depth, (_, report) in enumerate(ahead, start=1)
     ]
+    if objective.mtp_weight == 0:  # a layer that nothing teaches is none to balance
+        seen_ahead = [seen._replace(imbalance=None) for seen in seen_ahead]
     hiddens = [output.hidden_BTD, *(hidden_BTD for hidden_BTD, _ in ahead)]
     sums = [
         next_token_sums(model, hidden_BTD, tokens_BT, places, distance, rules)
@@ -176,7 +178,8 @@ def _weighted(losses: Losses, objective: Objective, config: Config) -> jax.Array
     if objective.mtp_depth:
         minimised = minimised + objective.mtp_weight * jnp.mean(losses.mtp_D)
     if objective.balance_weight:
-        num_layers = sum(kind.mlp == "moe" for kind in config.layers) + objective.mtp_depth
+        num_layers = sum(kind.mlp == "moe" for kind in config.layers)
+        num_layers += objective.mtp_depth if objective.mtp_weight else 0
         minimised = minimised + objective.balance_weight * num_layers * losses.imbalance
     if objective.teaches_indexers:
         minimised = minimised + objective.index_weight * losses.indexers

@@ -21,13 +21,13 @@ _HELD_OUT_NUMBERS = ("held_out_loss", "bits_per_byte")
 def make_record(step: int, metrics: Metrics, rate: float) -> dict[str, Any]:
     """The numbers of a step."""
     losses = metrics.losses
-    return {
+    known = {"sequence_imbalance": float(losses.imbalance)} if losses.imbalance > 0 else {}
+    return known | {
         "step": step,
         "loss": float(losses.next_token),
         "mtp_losses": [float(value) for value in losses.mtp_D],
         "index_loss": float(losses.indexers),
         "index_losses": [float(value) for value in losses.indexer_L],
-        "sequence_imbalance": float(losses.imbalance),
         "z": float(losses.z),
         "learning_rate": rate,
         "gradient_norm": float(metrics.gradient_norm),
@@ -83,6 +83,8 @@ def forget_later_steps(path: Path, last: int) -> None:
 def summary(record: dict[str, Any]) -> str:
     """A line about a step with an evaluation."""
     ahead = "".join(f", mtp {value:.3f}" for value in record["mtp_losses"])
+    if record["index_losses"]:
+        ahead += f", indexers {record['index_loss']:.3f}"
     return (
         f"step {record['step']}: loss {record['loss']:.3f}{ahead}, held out "
         f"{record['held_out_loss']:.3f}, {record['bits_per_byte']:.3f} bits per byte, "

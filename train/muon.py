@@ -60,9 +60,10 @@ def muon(
 
 
 def orthogonalized(update: jax.Array, spec: ParamSpec, cut: Cut) -> jax.Array:
-    """The nearest matrices with equal singular values, of the usual size of an update.
+    """The matrices with singular values brought near each other, of the usual size of an update.
 
-    Each device does this for all matrices whose stacked axes it holds.
+    Each device does this for all matrices whose stacked axes it holds, gathered whole: it takes the
+    memory of all layers of a weight.
     """
     stacked = [name in _STACKED or (cut.by_head and name in _HEADS) for name in spec.axes]
     placed = jax.typeof(update).sharding.spec

@@ -41,11 +41,21 @@ SETTINGS_NAME = "run.json"
 _LONGEST_WAIT = 300  # seconds that processes wait for each other before the first step
 
 
-def train(data: Data, config: Config, run: Path, settings: Settings, partition: Partition) -> Path:
+def train(
+    data: Data,
+    config: Config,
+    run: Path,
+    settings: Settings,
+    partition: Partition,
+    initial: Path | None = None,
+) -> Path:
     """Trains a model, from where the run left off if there is one.
 
     The mesh and the number of processes may be others each time. The first process writes, on a
     file system that all of them share.
+
+    Args:
+      initial: a native checkpoint whose weights a new run starts with; random ones unless given.
 
     Returns:
       The last checkpoint, a native model directory.
@@ -61,12 +71,20 @@ def train(data: Data, config: Config, run: Path, settings: Settings, partition: 
     recipe = make_recipe(config, settings)
     evaluation = Evaluation(data, recipe.objective.attending(config), settings, partition)
     config = dataclasses.replace(config, eos_ids=(data.end_id,), pad_id=data.end_id)
+    params = None
+    if initial is not None and not checkpoint.saved(run):
+        params = checkpoint.weights(initial, config, partition)
     if is_first():
-        _claim(run, config, settings)
+        _claim(run, config, settings, initial)
     newest = _newest_checkpoint(run, data, config)
     if partition.mesh.size > 1:
         notice(announcement(partition.mesh))
-    state = _start_or_resume(newest, run, config, recipe, settings, partition)
+    if newest is None:
+        if is_first():
+            (run / METRICS_NAME).unlink(missing_ok=True)
+        state = start(config, recipe, partition, settings.seed, params)
+    else:
+        state = _resume(newest, run, config, recipe, partition)
     step = make_step(
         config,
         recipe,
@@ -134,12 +152,17 @@ def _require_fit(data: Data, config: Config, settings: Settings, partition: Part
         )
 
 
-def _claim(run: Path, config: Config, settings: Settings) -> None:
+def _claim(run: Path, config: Config, settings: Settings, initial: Path | None) -> None:
     """Writes down what a run is, or compares it with what was written down."""
     path = run / SETTINGS_NAME
     config_json = config_to_json(config)
+    start_json = {"from": None if initial is None else str(initial.resolve())}
     if not run.exists():
-        written = {"settings": dataclasses.asdict(settings), "config": config_json}
+        written = {
+            "settings": dataclasses.asdict(settings),
+            "config": config_json,
+            "start": start_json,
+        }
         with new_directory(run) as directory:
             text = json.dumps(written, indent=2, allow_nan=False)
             (directory / SETTINGS_NAME).write_text(text + "\n")
@@ -148,10 +171,16 @@ def _claim(run: Path, config: Config, settings: Settings) -> None:
         raise InputError(f"{run}: exists already and is not a run, expected a new name")
     found = read_json(path)
     changes = []
-    for part, wanted in {"settings": settings.lasting(), "config": config_json}.items():
+    parts = {"settings": settings.lasting(), "config": config_json, "start": start_json}
+    for part, wanted in parts.items():
         values = found.get(part)
         if not isinstance(values, dict):
             raise InputError(f"{path}: {part} is {values!r:.80}, expected an object")
+        if missing := sorted(wanted.keys() - values.keys()):
+            raise InputError(
+                f"{path}: {part} has no {', '.join(missing)}: the run was started by another "
+                "version, expected a new RUN"
+            )
         changes += [
             f"{key} {values.get(key)!r:.80}, not {value!r:.80}"
             for key, value in wanted.items()
@@ -177,18 +206,9 @@ def _newest_checkpoint(run: Path, data: Data, config: Config) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def _start_or_resume(
-    newest: Path | None,
-    run: Path,
-    config: Config,
-    recipe: Recipe,
-    settings: Settings,
-    partition: Partition,
+def _resume(
+    newest: Path, run: Path, config: Config, recipe: Recipe, partition: Partition
 ) -> TrainState:
-    if newest is None:
-        if is_first():
-            (run / METRICS_NAME).unlink(missing_ok=True)
-        return start(config, recipe, partition, settings.seed)
     notice(f"{run}: goes on from {newest.name}")
     template = abstract_state(config, recipe, partition)
     state = checkpoint.restore(newest, config, partition, template)

@@ -33,10 +33,11 @@ class Settings:
         "how it falls then: cosine; linear; wsd, not before the last part",
         choices=("cosine", "linear", "wsd"),
     )
-    decay_part: float = _setting(0.2, "that part, of all steps")
+    decay_part: float = _setting(0.2, "the last part of all steps, over which wsd falls")
     optimizer: str = _setting(
         "adamw",
-        "of matrices; muon_split is Muon with the up-projections of attention cut by heads",
+        "of matrices, but AdamW of embedding and head; muon_split cuts the up-projections of "
+        "attention by heads",
         choices=("adamw", "muon", "muon_split"),
     )
     weight_decay: float = _setting(0.1, "of matrices")
@@ -44,7 +45,8 @@ class Settings:
     stage: str = _setting(
         "sparse",
         "what is learnt: dense, the model, attending to all tokens; warmup, only the indexers, "
-        "from that attention; sparse, all, attending to the tokens that indexers select",
+        "from that attention and no other loss; sparse, all, attending to the tokens that "
+        "indexers select",
         choices=("dense", "warmup", "sparse"),
     )
     mtp_depth: int = _setting(1, "tokens further ahead than the next that are learnt")
@@ -84,7 +86,13 @@ class Settings:
             _require(value >= 0, self, field.name, "at least 0")
             if isinstance(field.default, float):
                 _require(value < _FLOAT32_END, self, field.name, f"less than {_FLOAT32_END:.2g}")
-        _require(self.decay_part <= 1, self, "decay_part", "at most 1")
+        _require(0 < self.decay_part <= 1, self, "decay_part", "more than 0 and at most 1")
+        _require(
+            self.final_learning_rate <= self.learning_rate,
+            self,
+            "final_learning_rate",
+            f"at most the learning_rate {self.learning_rate}",
+        )
         _require(self.seed <= LARGEST_SEED, self, "seed", f"less than {LARGEST_SEED + 1}")
         _require(self.length > 1 + self.mtp_depth, self, "length", "more than 1 + mtp_depth")
         _require(

@@ -24,15 +24,27 @@ class TrainState:
     optimizer: Any
 
 
-def start(config: Config, recipe: Recipe, partition: Partition, seed: int) -> TrainState:
-    """The state before the first step, on the devices; the weights do not depend on the mesh."""
+def start(
+    config: Config,
+    recipe: Recipe,
+    partition: Partition,
+    seed: int,
+    params: Params | None = None,
+) -> TrainState:
+    """The state before the first step, on the devices.
+
+    Args:
+      seed: of the weights, which do not depend on the mesh.
+      params: the weights instead, as the devices keep them.
+    """
     blueprint = Glm5(config)
 
     def draw() -> Params:
         key = jax.random.key(seed)
         return leaves_by_path(initialize(blueprint, key, std=config.init_std))
 
-    params = jax.jit(draw, out_shardings=leaves_by_path(partition.shardings(blueprint)))()
+    if params is None:
+        params = jax.jit(draw, out_shardings=leaves_by_path(partition.shardings(blueprint)))()
     with jax.set_mesh(partition.mesh):
         learnt = {path: params[path] for path in recipe.learnt}
         return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(recipe.optimizer.init)(learnt))

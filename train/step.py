@@ -51,10 +51,11 @@ def make_step(
     """Compiles a step.
 
     Gradients are taken by every device on its shards, of the weights that are learnt; the
-    optimizer, which works elementwise, sees the whole arrays.
+    optimizer is given the whole arrays.
 
     Args:
-      dtype: that is computed in; weights, what is added up and the optimizer stay in float32.
+      dtype: that gradients are computed in, and summed over devices; weights, the optimizer and
+        sums over microbatches stay in float32.
       microbatches: parts of a batch, one after the other, whose gradients are added up; each
         device's rows are divided by it.
     """
