@@ -13,6 +13,7 @@ from glm5_jax.checkpoint import restore_checkpoint, write_model
 from glm5_jax.chunks import layout
 from glm5_jax.config import Config
 from glm5_jax.errors import InputError
+from glm5_jax.load import read_model_config
 from glm5_jax.mesh import put
 from glm5_jax.model import Glm5
 from glm5_jax.params import leaf_path, leaves_by_path
@@ -51,15 +52,15 @@ def weights(directory: Path, config: Config, partition: Partition) -> Params:
     Raises:
       InputError: it is damaged, or of a model with other weights.
     """
-    model = restore_checkpoint(directory, "float32", partition)
-    found, wanted = (leaves_by_path(Glm5(each)) for each in (model.config, config))
+    held = read_model_config(directory).config
+    found, wanted = (leaves_by_path(Glm5(each)) for each in (held, config))
     for path in sorted(found.keys() | wanted.keys()):
         shapes = [specs[path].shape if path in specs else None for specs in (found, wanted)]
         if shapes[0] != shapes[1]:
             raise InputError(
                 f"{directory}: {path} has the shape {shapes[0]}, expected the config's {shapes[1]}"
             )
-    return leaves_by_path(model)
+    return leaves_by_path(restore_checkpoint(directory, "float32", partition))
 
 
 def restore(
