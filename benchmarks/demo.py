@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.output import describe_machine
+from train.data import Data
 
 PROMPTS = (
     "import os\nimport sys\n\ndef main(",
@@ -120,8 +121,8 @@ def _convert(demo: Demo, trained: Path) -> list[str]:
     difference = demo.run("convert", "diff", trained, native).strip()
 
     tokens = demo.folder / "tokens.npy"
-    held_out = np.load(demo.folder / "data" / "held_out.npy")
-    np.save(tokens, held_out[: 2 * 256].reshape(2, 256))
+    held_out = Data(demo.folder / "data").tokens("held_out")
+    np.save(tokens, held_out.read(0, 2 * 256).reshape(2, 256))
     scores = {}
     for model in (published, native):
         out = demo.folder / f"{model.name}.npz"

@@ -18,6 +18,7 @@ from glm5_jax.inference.engine import Engine
 from glm5_jax.inference.request import Request, Sampling
 from glm5_jax.inference.tokenizer import Tokenizer
 from glm5_jax.load import load_model
+from train.data import Data
 
 _DRAFTS = (0, 1, 2, 3, 4)
 _NEW_TOKENS, _PROMPTS, _ROUNDS = 96, 8, 3
@@ -26,9 +27,9 @@ _WAYS = {"greedy": Sampling(), "temperature 0.7": Sampling(temperature=0.7, top_
 
 def code_prompts(data: Path) -> list[list[int]]:
     """Pieces of code that the model was not trained on."""
-    tokens = np.load(data / "held_out.npy")
+    tokens = Data(data).tokens("held_out")
     starts = np.linspace(0, len(tokens) - 200, _PROMPTS).astype(int)
-    return [tokens[start : start + 128].tolist() for start in starts]
+    return [tokens.read(start, start + 128).tolist() for start in starts]
 
 
 def json_prompts(tokenizer: Tokenizer) -> list[list[int]]:

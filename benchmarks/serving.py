@@ -25,6 +25,7 @@ import numpy as np
 import openai
 
 from benchmarks.output import write_results
+from train.data import Data
 
 _CONCURRENCIES = (1, 2, 4, 8, 16, 32)
 _SLOTS = 32
@@ -68,12 +69,12 @@ def serving(model: Path, *options: str) -> Iterator[tuple[str, int]]:
 
 def pick_prompts(folder: Path, count: int) -> list[list[int]]:
     """Pieces of the text that the model was not trained on, of 16 to 256 tokens."""
-    tokens, draw = np.load(folder / "held_out.npy"), random.Random(0)
+    tokens, draw = Data(folder).tokens("held_out"), random.Random(0)
     prompts = []
     for _ in range(count):
         length = draw.randint(16, 256)
         start = draw.randrange(len(tokens) - length)
-        prompts.append(tokens[start : start + length].tolist())
+        prompts.append(tokens.read(start, start + length).tolist())
     return prompts
 
 

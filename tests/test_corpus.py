@@ -1,7 +1,10 @@
+import json
+import os
+
 import pytest
 
 from glm5_jax.errors import InputError
-from train.corpus import STANDARD_LIBRARY_SKIP, read_documents, standard_library
+from train.corpus import STANDARD_LIBRARY_SKIP, find_files, read_documents, standard_library
 
 
 @pytest.fixture
@@ -19,7 +22,7 @@ def folder(tmp_path):
 
 
 def read(*roots, pattern="*.py", held_out=0.1, max_bytes=None, skip=()):
-    return list(read_documents(roots, pattern, held_out, max_bytes, skip=skip))
+    return list(read_documents(find_files(roots, pattern, skip), held_out, max_bytes))
 
 
 def test_every_file_with_text_is_read_once(folder):
@@ -45,6 +48,33 @@ def test_order_and_split_depend_on_names_only(folder, tmp_path):
 def test_no_more_is_read_than_asked_for(folder):
     documents = read(folder, max_bytes=500)
     assert 400 < sum(len(document.text.encode()) for document in documents) <= 500
+
+
+def test_what_fits_in_is_read_after_what_does_not(tmp_path):
+    for number in range(20):
+        (tmp_path / f"{number}.py").write_text("x" * (1000 if number % 2 else 10))
+    assert [len(document.text) for document in read(tmp_path, max_bytes=105)] == [10] * 10
+    with pytest.raises(InputError, match=r"no text of at most 9 bytes in 20 files, the first is"):
+        read(tmp_path, max_bytes=9)
+
+
+def test_records_are_documents_by_their_lines(tmp_path):
+    texts = [f"text {number}" for number in range(300)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in [*texts, "  "])
+    (tmp_path / "a.jsonl").write_text(lines)
+    documents = read(tmp_path / "a.jsonl")
+    assert [document.text for document in documents] == texts
+    assert [document.name for document in documents] == [f"a.jsonl:{n}" for n in range(1, 301)]
+    assert 10 <= sum(document.held_out for document in documents) <= 60
+    assert sum(document.size for document in documents) == len(lines) - len('{"text": "  "}\n')
+    some = read(tmp_path / "a.jsonl", max_bytes=100)
+    assert some == documents[:15]  # ten of 6 bytes, then of 7
+
+
+def test_names_that_are_not_unicode_have_a_place(tmp_path):
+    for name in (b"caf\xe9.py", b"na\xefve.py"):
+        (tmp_path / os.fsdecode(name)).write_text("x")
+    assert len(read(tmp_path)) == 2
 
 
 def test_files_can_be_named_one_by_one(folder):

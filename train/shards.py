@@ -1,0 +1,154 @@
+"""Tokens on disk: written one after the other to files of bounded size, read from any place."""
+
+import bisect
+import functools
+import hashlib
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, NamedTuple, Self
+
+import numpy as np
+
+from glm5_jax.errors import InputError
+
+SHARD_TOKENS = 2**27  # at most in a file
+_OPEN_SHARDS = 256  # at once, as every one takes up a file descriptor
+
+
+class Shard(NamedTuple):
+    """What is written down of a file of tokens."""
+
+    tokens: int
+    sha256: str
+
+
+def token_dtype(vocab_size: int) -> "np.dtype[np.unsignedinteger]":
+    """The dtype that tokens have on disk."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def shard_path(directory: Path, source: str, split: str, number: int) -> Path:
+    """Where a shard is."""
+    return directory / f"{source}-{split}-{number:05d}.npy"
+
+
+class ShardWriter:
+    """Writes the tokens of a split of a source, as they come."""
+
+    def __init__(
+        self,
+        directory: Path,
+        source: str,
+        split: str,
+        dtype: "np.dtype[np.unsignedinteger]",
+        shard_tokens: int = SHARD_TOKENS,
+    ):
+        self.shards: list[Shard] = []  # those that are whole
+        self._place = (directory, source, split)
+        self._dtype = dtype
+        self._shard_tokens = shard_tokens
+        self._file: BinaryIO | None = None
+        self._held = 0  # tokens in the file
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        """Makes the last shard whole, unless something failed."""
+        if self._file is None:
+            return
+        if kind is None:
+            self._finish(self._file)
+        else:
+            self._file.close()
+
+    def write(self, tokens: Sequence[int]) -> None:
+        """Adds tokens, to the next file where one is full."""
+        left = np.array(tokens, self._dtype)
+        while len(left):
+            file = self._file or self._begin()
+            part, left = np.split(left, [self._shard_tokens - self._held])
+            file.write(part.data)
+            self._held += len(part)
+            if self._held == self._shard_tokens:
+                self._finish(file)
+
+    def _begin(self) -> BinaryIO:
+        self._file = shard_path(*self._place, len(self.shards)).open("wb")
+        self._write_header(self._file)
+        return self._file
+
+    def _finish(self, file: BinaryIO) -> None:
+        self._file = None
+        with file:
+            file.seek(0)
+            self._write_header(file)
+        self.shards.append(Shard(self._held, _digest(Path(file.name))))
+        self._held = 0
+
+    def _write_header(self, file: BinaryIO) -> None:
+        """The header for what is held; NumPy pads it, so that its length is always the same."""
+        described = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._held,)}
+        np.lib.format.write_array_header_1_0(file, described)
+
+
+def check_shard(
+    path: Path, shard: Shard, dtype: "np.dtype[np.unsignedinteger]", *, whole: bool
+) -> None:
+    """Raises `InputError` if a shard is not as it was written.
+
+    Args:
+      whole: read all of it; otherwise only its length and dtype are compared.
+    """
+    try:
+        tokens = _map(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing, expected it as it was prepared") from None
+    except ValueError:
+        tokens = None
+    if (
+        tokens is None
+        or (tokens.shape, tokens.dtype) != ((shard.tokens,), dtype)
+        or (whole and _digest(path) != shard.sha256)
+    ):
+        raise InputError(f"{path}: damaged, expected it as it was prepared")
+
+
+class Tokens:
+    """Tokens of shards one after the other, memory-mapped."""
+
+    def __init__(self, shards: Sequence[tuple[Path, int]]):
+        """Takes the path of each shard and how many tokens it holds."""
+        self._paths = [path for path, _ in shards]
+        self._ends = list(itertools.accumulate(tokens for _, tokens in shards))
+        self._open = functools.lru_cache(_OPEN_SHARDS)(_map)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The tokens from `start` to before `stop`, int32."""
+        parts = []
+        number = bisect.bisect_right(self._ends, start)
+        while start < stop:
+            end = self._ends[number]
+            begin = self._ends[number - 1] if number else 0
+            parts.append(self._open(self._paths[number])[start - begin : stop - begin])
+            start, number = end, number + 1
+        return np.concatenate(parts, dtype=np.int32, casting="unsafe")
+
+
+def _map(path: Path) -> np.ndarray:
+    return np.lib.format.open_memmap(path, mode="r")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
