@@ -1,6 +1,8 @@
 """The metrics of a run: an object of JSON for every step, on a line of its own."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ from glm5_jax.strict_json import parse_json
 from train.step import Metrics
 
 METRICS_NAME = "metrics.jsonl"
+STAGES = ("dense", "warmup", "sparse")
 
-# What is read again, of every step and of those with an evaluation.
-_NUMBERS = ("step", "loss", "index_loss", "tokens_per_second")
+# What is read again: of every step, of those with an evaluation, and what need not be there.
+_NUMBERS = ("loss", "index_loss", "tokens_per_second")
 _HELD_OUT_NUMBERS = ("held_out_loss", "bits_per_byte")
+_MORE_NUMBERS = ("learning_rate", "gradient_norm", "imbalance", "tokens", "mfu")
+_LISTS = ("index_losses", "held_out_mtp_losses", "index_recall", "mtp_acceptance")
 
 
 def make_record(step: int, metrics: Metrics, rate: float) -> dict[str, Any]:
@@ -47,7 +52,9 @@ def require_finite(record: dict[str, Any], run: Path) -> None:
 
 
 def to_line(record: dict[str, Any]) -> str:
-    """A record as a line of the file."""
+    """A record as a line of the file; what is not finite in a skipped step is null there."""
+    if record.get("skipped"):
+        record = {name: _finite_or_none(value) for name, value in record.items()}
     return json.dumps(record, allow_nan=False) + "\n"
 
 
@@ -67,9 +74,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         record = parse_json(line, where)
         _check(record, where)
         records.append(record)
-        depths = [len(records[place]["mtp_losses"]) for place in (0, -1)]
-        if depths[0] != depths[1]:
-            raise InputError(f"{where}: has {depths[1]} mtp_losses, expected {depths[0]}")
     return records
 
 
@@ -78,6 +82,24 @@ def forget_later_steps(path: Path, last: int) -> None:
     kept = [record for record in read_metrics(path) if record["step"] <= last]
     with new_file(path, overwrite=True) as partial:
         partial.write_text("".join(map(to_line, kept)))
+
+
+def shown(record: dict[str, Any]) -> str:
+    """What a progress bar says of a step: how well it learns, and how fast."""
+    if record.get("skipped"):
+        learnt = "update skipped"
+    elif record.get("stage") == "warmup":
+        learnt = f"indexers {record['index_loss']:.3f}"
+    else:
+        learnt = f"loss {record['loss']:.3f}"
+    speed = record["tokens_per_second"]
+    parts = [learnt, f"{speed:,.0f} tokens/s"]
+    each = record.get("tokens_per_second_per_device", speed)
+    if each != speed:
+        parts.append(f"{each:,.0f} per device")
+    if "mfu" in record:
+        parts.append(f"MFU {record['mfu']:.0%}")
+    return ", ".join(parts)
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -93,14 +115,36 @@ def summary(record: dict[str, Any]) -> str:
 
 
 def _check(record: dict[str, Any], where: str) -> None:
+    skipped = record.get("skipped") is True
+
+    def is_number(value: Any) -> bool:
+        return type(value) in (int, float) or (skipped and value is None)
+
+    def is_list(value: Any) -> bool:
+        return isinstance(value, list) and all(map(is_number, value))
+
+    def is_table(value: Any) -> bool:
+        is_one = isinstance(value, list) and all(map(is_list, value))
+        return is_one and len(set(map(len, value))) <= 1
+
+    def require(name: str, holds: Callable[[Any], bool], expected: str) -> None:
+        if not holds(value := record.get(name)):
+            raise InputError(f"{where}: {name} is {value!r:.80}, expected {expected}")
+
     is_evaluated = not record.keys().isdisjoint(_HELD_OUT_NUMBERS)
-    for name in _NUMBERS + (_HELD_OUT_NUMBERS if is_evaluated else ()):
-        if not _is_number(record.get(name)):
-            raise InputError(f"{where}: {name} is {record.get(name)!r:.80}, expected a number")
-    ahead = record.get("mtp_losses")
-    if not isinstance(ahead, list) or not all(map(_is_number, ahead)):
-        raise InputError(f"{where}: mtp_losses is {ahead!r:.80}, expected a list of numbers")
+    more = [name for name in _MORE_NUMBERS if name in record]
+    require("step", lambda step: type(step) is int, "a whole number")
+    for name in (*_NUMBERS, *(_HELD_OUT_NUMBERS if is_evaluated else ()), *more):
+        require(name, is_number, "a number")
+    for name in ("mtp_losses", *(name for name in _LISTS if name in record)):
+        require(name, is_list, "a list of numbers")
+    if "expert_loads" in record:
+        require("expert_loads", is_table, "lists of numbers, all as long")
+    if "stage" in record:
+        require("stage", lambda stage: stage in STAGES, f"one of {', '.join(STAGES)}")
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
+def _finite_or_none(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite_or_none(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
