@@ -84,7 +84,8 @@ def test_the_model_is_built_from_the_bottom_up(path):
 def test_everything_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    own = [line for name in ("serve", "train", "parquet", "eval") for line in extras[name]]
+    optional = ("serve", "train", "parquet", "eval", "tensorboard", "wandb")
+    own = [line for name in optional for line in extras[name]]
     declared = [*project["dependencies"], *own, *requires("flax")]
     names = {re.split(r"[^\w-]", line)[0].lower().replace("-", "_") for line in declared}
     names |= {"orbax" if name == "orbax_checkpoint" else name for name in names}
