@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.results:
         args.results.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, args.results / "demo.json")
-        shutil.copyfile(args.folder / "run" / "losses.png", args.results / "demo.png")
+        shutil.copyfile(args.folder / "run" / "report" / "losses.png", args.results / "demo.png")
     return 0
 
 

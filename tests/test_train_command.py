@@ -158,7 +158,8 @@ def test_the_report_draws_and_sums_up(finished, capsys):
     assert main(["report", str(finished)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["steps", "7"] and any("bits per byte" in line for line in lines)
-    assert (finished / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished / "report" / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert lines[-1].split() == ["page", str(finished / "report" / "index.html")]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The metrics of a run: an object of JSON for every step, on a line of its own."""
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -14,13 +15,14 @@ from glm5_jax.strict_json import parse_json
 from train.step import Metrics
 
 METRICS_NAME = "metrics.jsonl"
-STAGES = ("dense", "warmup", "sparse")
 
 # What is read again: of every step, of those with an evaluation, and what need not be there.
 _NUMBERS = ("loss", "index_loss", "tokens_per_second")
 _HELD_OUT_NUMBERS = ("held_out_loss", "bits_per_byte")
 _MORE_NUMBERS = ("learning_rate", "gradient_norm", "imbalance", "tokens", "mfu")
 _LISTS = ("index_losses", "held_out_mtp_losses", "index_recall", "mtp_acceptance")
+# What a step comes to that is skipped for it.
+_MAY_BE_NULL = {"loss", "mtp_losses", "index_loss", "index_losses", "gradient_norm"}
 
 
 def make_record(step: int, metrics: Metrics, rate: float) -> dict[str, Any]:
@@ -115,33 +117,40 @@ def summary(record: dict[str, Any]) -> str:
 
 
 def _check(record: dict[str, Any], where: str) -> None:
-    skipped = record.get("skipped") is True
-
-    def is_number(value: Any) -> bool:
-        return type(value) in (int, float) or (skipped and value is None)
-
-    def is_list(value: Any) -> bool:
-        return isinstance(value, list) and all(map(is_number, value))
-
-    def is_table(value: Any) -> bool:
-        is_one = isinstance(value, list) and all(map(is_list, value))
-        return is_one and len(set(map(len, value))) <= 1
-
     def require(name: str, holds: Callable[[Any], bool], expected: str) -> None:
         if not holds(value := record.get(name)):
             raise InputError(f"{where}: {name} is {value!r:.80}, expected {expected}")
 
+    nullable = _MAY_BE_NULL if record.get("skipped") is True else set()
     is_evaluated = not record.keys().isdisjoint(_HELD_OUT_NUMBERS)
     more = [name for name in _MORE_NUMBERS if name in record]
     require("step", lambda step: type(step) is int, "a whole number")
     for name in (*_NUMBERS, *(_HELD_OUT_NUMBERS if is_evaluated else ()), *more):
-        require(name, is_number, "a number")
+        require(name, _is_number_or_null if name in nullable else _is_number, "a number")
     for name in ("mtp_losses", *(name for name in _LISTS if name in record)):
-        require(name, is_list, "a list of numbers")
+        is_one = _is_number_or_null if name in nullable else _is_number
+        require(name, functools.partial(_is_list, is_one), "a list of numbers")
     if "expert_loads" in record:
-        require("expert_loads", is_table, "lists of numbers, all as long")
+        require("expert_loads", _is_table, "lists of numbers, all as long")
     if "stage" in record:
-        require("stage", lambda stage: stage in STAGES, f"one of {', '.join(STAGES)}")
+        require("stage", lambda stage: isinstance(stage, str) and stage.isalpha(), "a word")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_number_or_null(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
+def _is_list(is_one: Callable[[Any], bool], value: Any) -> bool:
+    return isinstance(value, list) and all(map(is_one, value))
+
+
+def _is_table(value: Any) -> bool:
+    is_one = _is_list(functools.partial(_is_list, _is_number), value)
+    return is_one and len(set(map(len, value))) <= 1
 
 
 def _finite_or_none(value: Any) -> Any:
