@@ -85,12 +85,16 @@ class Attention(nnx.Module):
         key_places: Places,
         selection: Selection,
         *,
+        to_all: bool = False,
         with_mass: bool = False,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Attends to the selected tokens.
 
         The shapes alone decide how this is computed (`cheapest_form`), never what. Where the slots
         are divided, each device attends with all heads to the selected tokens it holds.
+
+        Args:
+          to_all: whether to attend to all visible tokens instead; mass is still of those selected.
 
         Returns:
           BTD, of this device's heads; and if asked for, the attention that each selected token got,
@@ -99,7 +103,8 @@ class Attention(nnx.Module):
         batch, num_queries, num_heads, _ = queries.nope_BTNH.shape
         slots, mass = rows.slots, None
         divided = slots.are_divided
-        form = cheapest_form(self.config, num_queries, slots.held, selection.topk, divided)
+        topk = None if to_all else selection.topk
+        form = cheapest_form(self.config, num_queries, slots.held, topk, divided)
         if form == "expanded":
             attend_block = self._expanded(rows, key_places)
             asked: Any = queries
@@ -112,14 +117,15 @@ class Attention(nnx.Module):
             selection = selection.held(slots)
 
         def attend_part(asked: Any, places: Places, selection: Selection) -> Attended:
-            values, mass, log_total_BTN = attend_block(asked, places, selection)
+            attended_to = Selection() if to_all else selection
+            values, mass, log_total_BTN = attend_block(asked, places, attended_to)
             if form != "gathered" and selection.index_BTK is not None:
                 mass = jnp.take_along_axis(mass, selection.index_BTK, axis=-1)
             return Attended(values, mass if with_mass else None, log_total_BTN)
 
         num_keys, per_key = slots.held, 2 * num_heads
-        if form == "gathered" and selection.topk is not None:
-            num_keys, per_key = selection.topk, self.config.row_dim + 2 * num_heads
+        if form == "gathered" and topk is not None:
+            num_keys, per_key = topk, self.config.row_dim + 2 * num_heads
         length = block_length(bytes_per_query=4 * batch * num_keys * per_key)
         chosen = selection._replace(log_share=None)  # a share of the queries only, and not needed
         attended = map_queries(attend_part, length, asked, query_places, chosen)

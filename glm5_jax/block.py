@@ -1,5 +1,6 @@
 """One decoder layer: wiring only."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from glm5_jax.norm import rms_norm
 from glm5_jax.params import scale
 from glm5_jax.places import Places
 from glm5_jax.rope import Rotation
-from glm5_jax.selection import Selection, divergence
+from glm5_jax.selection import Recall, Selection, divergence
 from glm5_jax.sharding import Rules
 
 
@@ -45,6 +46,8 @@ class Setting(NamedTuple):
     teach_indexers: bool  # whether to report how far they are from the attention paid
     rules: Rules  # where weights are kept
     selects: bool = True  # whether indexers are asked, or all layers attend to what is given
+    attend_to_all: bool = False  # whether to attend to all visible tokens, whatever is selected
+    measure_recall: bool = False  # whether to report it
 
 
 class Report(NamedTuple):
@@ -54,6 +57,8 @@ class Report(NamedTuple):
     routing: Routing | None  # the experts of each token; None for dense layers
     selection: Selection
     index_nats: jax.Array | None  # divergence of the indexer, summed over its counted queries
+    # Of the selection that serves the layer; None unless asked for, or if all tokens are selected.
+    recall: Recall | None
 
 
 class Block(nnx.Module):
@@ -106,17 +111,24 @@ class Block(nnx.Module):
                     normed_BTD, latent_BTQ, turn, queries_at, selection
                 )
                 selection = selection._replace(log_share=log_share)
-        out_BTD, mass = self.attention.attend(
+        attend = functools.partial(
+            self.attention.attend,
             self.attention.queries(latent_BTQ, turn),
             rows,
             queries_at,
             keys_at,
             selection,
-            with_mass=setting.teach_indexers,
         )
-        index_nats = None
+        out_BTD, mass = attend(to_all=setting.attend_to_all, with_mass=setting.teach_indexers)
+        index_nats = recall = None
         if mass is not None:
             index_nats = divergence(mass, selection, share(setting.counted_BT, (MODEL,), 1))
+        if setting.measure_recall and selection.topk is not None:
+            _, mass = attend(to_all=True, with_mass=True)
+            assert mass is not None
+            sees_more_BT = setting.counted_BT & (queries_at.position_BT >= selection.topk)
+            share_BTK = mass / self.attention.config.num_heads
+            recall = Recall.of(share_BTK, share(sees_more_BT, (MODEL,), 1))
         x_BTD = x_BTD + total(out_BTD, (MODEL,))
 
         normed_BTD = rms_norm(x_BTD, self.mlp_norm, self.norm_eps)
@@ -129,7 +141,7 @@ class Block(nnx.Module):
             )
         else:
             out_BTD = self.mlp(spread(normed_BTD, (MODEL,)))
-        report = Report(load_E, routing, selection, index_nats)
+        report = Report(load_E, routing, selection, index_nats, recall)
         return x_BTD + total(out_BTD, (MODEL,)), Memory(rows, index_keys), report
 
 

@@ -56,6 +56,8 @@ def forward(
     rules: Rules = DECODE,
     remat: bool = False,
     teach_indexers: bool = False,
+    attend_to_all: bool = False,
+    measure_recall: bool = False,
     observe: Observe = observe_load,
 ) -> Output:
     """Runs all layers over a batch of tokens.
@@ -75,6 +77,9 @@ def forward(
       teach_indexers: whether layers report how far their indexers are from the attention paid. A
         shared layer reports that of the indexer it is served by, which thus learns from the mean
         attention of all its layers. Not with a cache.
+      attend_to_all: whether layers attend to all visible tokens, whatever indexers select.
+      measure_recall: whether layers report how much of the attention to all visible tokens, from
+        the hidden states at hand, those get that their indexers select. Not with a cache.
       observe: what to return of every layer.
 
     Returns:
@@ -82,11 +87,11 @@ def forward(
       and the observations.
 
     Raises:
-      ValueError: indexers are to be taught with a cache, or the cache is of another dtype than the
-        weights.
+      ValueError: indexers are to be taught or measured with a cache, or the cache is of another
+        dtype than the weights.
     """
-    if cache is not None and teach_indexers:
-        raise ValueError("indexers are taught without a cache")
+    if cache is not None and (teach_indexers or measure_recall):
+        raise ValueError("indexers are taught and measured without a cache")
     if cache is not None and cache.dtype != model.embedding.dtype:
         raise ValueError(
             f"the cache is of {cache.dtype}, expected the weights' {model.embedding.dtype}"
@@ -100,6 +105,8 @@ def forward(
         counted_BT=places.real_BT,
         teach_indexers=teach_indexers,
         rules=rules,
+        attend_to_all=attend_to_all,
+        measure_recall=measure_recall,
     )
     batch, length = tokens_BT.shape
     num_slots = length if cache is None else cache.slots.everywhere
@@ -155,6 +162,8 @@ def predict_ahead(
     *,
     rules: Rules = DECODE,
     teach_indexers: bool = False,
+    attend_to_all: bool = False,
+    measure_recall: bool = False,
 ) -> list[tuple[jax.Array, Report]]:
     """Applies the MTP layer `depth` times, each time seeing one token further.
 
@@ -177,8 +186,17 @@ def predict_ahead(
     predictions = []
     for distance in range(1, depth + 1):
         tokens_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
-        counted_BT = places.followed(distance)
-        setting = Setting(places, places, None, turn, counted_BT, teach_indexers, rules)
+        setting = Setting(
+            query_places=places,
+            key_places=places,
+            slot_BT=None,
+            turn=turn,
+            counted_BT=places.followed(distance),
+            teach_indexers=teach_indexers,
+            rules=rules,
+            attend_to_all=attend_to_all,
+            measure_recall=measure_recall,
+        )
         hidden_BTD, _, report = mtp(hidden_BTD, embed(model, tokens_BT, rules), setting)
         predictions.append((hidden_BTD, report))
     return predictions

@@ -61,6 +61,22 @@ class Selection(NamedTuple):
         return nothing_BTS.at[batch_B11, query_T1, self.index_BTK].set(self.valid_BTK, mode="drop")
 
 
+class Recall(NamedTuple):
+    """How much of the attention to all visible tokens the selected ones get.
+
+    Of queries that see more tokens than are selected; of others they are all that is visible.
+    """
+
+    share: jax.Array  # float32, the mean over heads, summed over the queries
+    num_queries: jax.Array  # int32
+
+    @classmethod
+    def of(cls, share_BTK: jax.Array, counted_BT: jax.Array) -> "Recall":
+        """From what each selected token gets, and which queries count."""
+        share_BT = jnp.where(counted_BT, jnp.sum(share_BTK, axis=-1), 0)
+        return cls(jnp.sum(share_BT), jnp.sum(counted_BT, dtype=jnp.int32))
+
+
 def divergence(mass: jax.Array, selection: Selection, counted_BT: jax.Array) -> jax.Array:
     """How far the indexer's expectation is from the attention that was paid.
 

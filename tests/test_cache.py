@@ -77,7 +77,7 @@ def test_a_compiled_decode_step_copies_neither_the_cache_nor_the_experts(dtype):
     assert compiled.memory_analysis().temp_size_in_bytes < smaller / 2
 
 
-@pytest.mark.parametrize("misuse", ["another dtype", "teaching"])
+@pytest.mark.parametrize("misuse", ["another dtype", "teaching", "measuring"])
 def test_misuse_of_a_cache_is_an_error_and_not_nonsense(misuse):
     config = tiny_config(SHARED)
     dtype = jnp.bfloat16 if misuse == "another dtype" else jnp.float32
@@ -85,7 +85,8 @@ def test_misuse_of_a_cache_is_an_error_and_not_nonsense(misuse):
 
     def read(model, tokens):
         places = cache.next_places(jnp.ones(1, jnp.int32), 1)
-        return forward(model, tokens, places, cache, teach_indexers=misuse == "teaching")
+        options = {"teach_indexers": misuse == "teaching", "measure_recall": misuse == "measuring"}
+        return forward(model, tokens, places, cache, **options)
 
     with pytest.raises(ValueError, match="cache"):
         jax.eval_shape(read, abstract(Glm5(config), jnp.float32), jnp.ones((1, 1), jnp.int32))

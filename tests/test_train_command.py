@@ -20,6 +20,7 @@ from train.checkpoint import weights
 from train.data import Data
 from train.evaluation import Evaluation
 from train.metrics import read_metrics
+from train.optimizer import make_recipe
 from train.settings import Settings
 
 RAW = SHARED | {"vocab_size": 320, "num_hidden_layers": 4, "index_topk": 8}
@@ -144,7 +145,8 @@ def test_an_evaluation_is_the_mean_over_all_its_rows(workplace, finished, monkey
         lambda *args, **options: passes.append(args) or forward(*args, **options),
     )
     settings = Settings(length=24, batch_size=2, eval_rows=9)
-    result = Evaluation(data, model.config, settings, on_one_device())(
+    objective = make_recipe(model.config, settings).objective
+    result = Evaluation(data, model.config, objective, settings, on_one_device())(
         leaves_by_path(on_one_device().place(model, Glm5(model.config)))
     )
     expected = np.asarray(nats_BT)[counted_BT].mean()

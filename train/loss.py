@@ -7,7 +7,7 @@ gradients changes it.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,9 @@ from glm5_jax.config import Config
 from glm5_jax.layers import LayerPlace
 from glm5_jax.model import Glm5, forward, predict_ahead
 from glm5_jax.places import Places
-from glm5_jax.queries import map_queries
-from glm5_jax.sharding import DECODE, Rules, whole
-from glm5_jax.vocabulary import log_total, score_of, scores
+from glm5_jax.sharding import DECODE, Rules
 from train.balance import imbalance
-
-# What the scores of a block of tokens may take: large, for every block reads the whole head.
-_BLOCK_BYTES = 256 * 2**20
+from train.prediction import next_token_sums
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,9 +57,14 @@ class Objective:
             return False
         return not is_ahead or self.mtp_weight > 0
 
+    @property
+    def attends_to_all(self) -> bool:
+        """Whether tokens attend to all before them, and not to those that indexers select."""
+        return self.stage != "sparse"
+
     def attending(self, config: Config) -> Config:
         """The config of the model as it attends in this stage."""
-        if self.stage == "sparse":
+        if not self.attends_to_all:
             return config
         everything = dataclasses.replace(config.indexer, topk=config.max_positions)
         return dataclasses.replace(config, indexer=everything)
@@ -201,12 +202,7 @@ def _of_layers(
     followed_D: jax.Array,
 ) -> dict[str, jax.Array]:
     """The losses that layers report, each divided by how many tokens it is about."""
-
-    def layer(place: LayerPlace) -> _Seen:
-        slot = observed[place.segment][place.slot]
-        return jax.tree.map(lambda leaf: leaf[place.group], slot)
-
-    main = [layer(place) for place in config.places]
+    main = by_layer(config, observed)
     num_main, num_ahead_D = followed_D[0], followed_D[1 : len(ahead) + 1]
 
     def summed(name: str, of: list[_Seen], axes: Axes) -> jax.Array:
@@ -230,36 +226,14 @@ def _of_layers(
     }
 
 
-class Sums(NamedTuple):
-    """Of the tokens that are predicted, on all devices."""
+def by_layer(config: Config, observed: tuple[tuple[Any, ...], ...]) -> list[Any]:
+    """What `forward` observed, in the order of the layers."""
 
-    nats: jax.Array
-    z: jax.Array  # squares of the log-sum-exp of the scores
+    def layer(place: LayerPlace) -> Any:
+        slot = observed[place.segment][place.slot]
+        return jax.tree.map(lambda leaf: leaf[place.group], slot)
 
-
-def next_token_sums(
-    model: Glm5,
-    hidden_BTD: jax.Array,
-    tokens_BT: jax.Array,
-    places: Places,
-    distance: int,
-    rules: Rules = DECODE,
-) -> Sums:
-    """The cross-entropy, in nats, of the tokens `distance` further on in their sequence."""
-    head_ZD = whole(model.head, Glm5(model.config).head, rules)
-
-    def sums_of(hidden_BTD: jax.Array, tokens_BT: jax.Array) -> Sums:
-        scores_BTZ = scores(head_ZD, hidden_BTD)
-        total_BT = log_total(scores_BTZ)
-        return Sums(total_BT - score_of(scores_BTZ, tokens_BT), jnp.square(total_BT))
-
-    batch = tokens_BT.shape[0]
-    length = max(1, _BLOCK_BYTES // (2 * 4 * batch * head_ZD.shape[0]))
-    by_token = map_queries(sums_of, length, hidden_BTD[:, :-distance], tokens_BT[:, distance:])
-    counted_BT = places.followed(distance)[:, :-distance]
-    return jax.tree.map(
-        lambda each_BT: total(jnp.sum(jnp.where(counted_BT, each_BT, 0)), BATCH), by_token
-    )
+    return [layer(place) for place in config.places]
 
 
 def _count(marked_BT: jax.Array) -> jax.Array:

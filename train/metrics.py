@@ -109,9 +109,14 @@ def summary(record: dict[str, Any]) -> str:
     ahead = "".join(f", mtp {value:.3f}" for value in record["mtp_losses"])
     if record["index_losses"]:
         ahead += f", indexers {record['index_loss']:.3f}"
+    measured = ""
+    if recalls := record["index_recall"]:
+        measured += f", recall {sum(recalls) / len(recalls):.2f}"
+    if shares := record["mtp_acceptance"]:
+        measured += ", accepted " + "/".join(f"{share:.2f}" for share in shares)
     return (
         f"step {record['step']}: loss {record['loss']:.3f}{ahead}, held out "
-        f"{record['held_out_loss']:.3f}, {record['bits_per_byte']:.3f} bits per byte, "
+        f"{record['held_out_loss']:.3f}, {record['bits_per_byte']:.3f} bits per byte{measured}, "
         f"{record['tokens_per_second']:,.0f} tokens/s"
     )
 

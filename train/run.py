@@ -70,7 +70,7 @@ def train(
     require_divisible(specs, partition.rules, partition.mesh.shape, settings.batch_size)
     _require_fit(data, config, settings, partition)
     recipe = make_recipe(config, settings)
-    evaluation = Evaluation(data, recipe.objective.attending(config), settings, partition)
+    evaluation = Evaluation(data, config, recipe.objective, settings, partition)
     config = dataclasses.replace(config, eos_ids=(data.end_id,), pad_id=data.end_id)
     params = None
     if initial is not None and not checkpoint.saved(run):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from glm5_jax.collectives import BATCH, MODEL, largest, shard_index, share
+from glm5_jax.collectives import BATCH, share
 from glm5_jax.config import Config
 from glm5_jax.errors import InputError
 from glm5_jax.inference.score import check_depth
@@ -21,7 +21,7 @@ from glm5_jax.model import Glm5, forward, predict_ahead
 from glm5_jax.places import Places
 from glm5_jax.queries import block_length, map_queries
 from glm5_jax.sharding import Partition, on_one_device, whole
-from glm5_jax.vocabulary import cross_entropy, scores
+from glm5_jax.vocabulary import cross_entropy, likeliest, scores
 
 _SHORTEST = 32  # rows are padded to this length or a power of two times it
 _MOST_NATS = 700  # per token; e to the power of more is no number
@@ -144,7 +144,7 @@ def _compiled(
 
         def judge(hidden_BTD: jax.Array, given_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
             scores_BTZ = scores(head_ZD, hidden_BTD)
-            return cross_entropy(scores_BTZ, given_BT), _likeliest(scores_BTZ) == given_BT
+            return cross_entropy(scores_BTZ, given_BT), likeliest(scores_BTZ) == given_BT
 
         # A block holds scores and what they are exponentiated to, both float32.
         length = block_length(2 * 4 * batch * head_ZD.shape[0])
@@ -157,15 +157,6 @@ def _compiled(
     equal = PartitionSpec()
     in_specs = (partition.specs(Glm5(config)), equal, equal, equal)
     return jax.jit(partition.on_shards(compute, in_specs, PartitionSpec(BATCH)))
-
-
-def _likeliest(scores_BTZ: jax.Array) -> jax.Array:
-    """The token BT with the highest score, the first of several, from shares of the vocabulary."""
-    num_here = scores_BTZ.shape[-1]
-    peak_BT = jnp.max(scores_BTZ, axis=-1)
-    token_BT = jnp.argmax(scores_BTZ, axis=-1).astype(jnp.int32) + shard_index((MODEL,)) * num_here
-    is_peak_BT = peak_BT == largest(peak_BT, (MODEL,))
-    return -largest(jnp.where(is_peak_BT, -token_BT, -jnp.iinfo(jnp.int32).max), (MODEL,))
 
 
 class Document(NamedTuple):
