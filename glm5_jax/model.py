@@ -16,7 +16,7 @@ from glm5_jax.norm import rms_norm
 from glm5_jax.params import leaf_path, scale, weight
 from glm5_jax.places import Places
 from glm5_jax.rope import rotation
-from glm5_jax.segment import Observe, Segment, run_segment
+from glm5_jax.segment import Observe, Remat, Segment, run_segment
 from glm5_jax.selection import Selection
 from glm5_jax.sharding import DECODE, Rules, whole
 from glm5_jax.vocabulary import look_up, scores
@@ -54,7 +54,7 @@ def forward(
     cache: KVCache | None = None,
     *,
     rules: Rules = DECODE,
-    remat: bool = False,
+    remat: Remat = "none",
     teach_indexers: bool = False,
     attend_to_all: bool = False,
     measure_recall: bool = False,
@@ -72,8 +72,8 @@ def forward(
       cache: of earlier tokens; the new ones are stored in the cache that is returned. Those beyond
         its capacity are not stored, and then not seen.
       rules: where weights are kept on a mesh.
-      remat: for the gradient keep only the input of each group of layers, and compute the rest
-        again.
+      remat: what the gradient computes again instead of keeping it: "none"; "layers", all but the
+        input of each group of layers; "products", all but that and products with weights.
       teach_indexers: whether layers report how far their indexers are from the attention paid. A
         shared layer reports that of the indexer it is served by, which thus learns from the mean
         attention of all its layers. Not with a cache.

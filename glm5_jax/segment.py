@@ -38,6 +38,10 @@ class Segment(nnx.Module):
         )
 
 
+Remat = str  # "none", "layers" or "products", as `forward` has it
+_KEPT = {"layers": None, "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
 def run_segment(
     segment: Segment,
     x_BTD: jax.Array,
@@ -48,7 +52,7 @@ def run_segment(
     cache_dtype: jnp.dtype,
     page_BW: jax.Array | None,
     carry_selection: bool,
-    remat: bool,
+    remat: Remat,
     observe: Observe,
 ) -> tuple[jax.Array, Selection, tuple[LayerCache, ...] | None, tuple[Any, ...]]:
     """Runs a segment's layers.
@@ -91,8 +95,8 @@ def run_segment(
         )
         return carried, tuple(observed)
 
-    if remat:
-        run_group = jax.checkpoint(run_group, prevent_cse=False)
+    if remat != "none":
+        run_group = jax.checkpoint(run_group, prevent_cse=False, policy=_KEPT[remat])
     start = (x_BTD, selection if carry_selection else Selection(), caches)
     groups = jnp.arange(segment.plan.count)
     scanned = (groups, segment.layers, segment.experts if caches is None else None)

@@ -116,7 +116,7 @@ class TreeWriter:
 
 def write_tree(
     directory: Path | None,
-    arrays: Mapping[str, jax.Array],
+    arrays: Mapping[str, jax.Array | np.ndarray],
     leaves: Mapping[str, Layout],
     beside: Sequence[str] = (),
 ) -> None:

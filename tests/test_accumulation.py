@@ -10,21 +10,20 @@ import pytest
 
 from glm5_jax.collectives import MESH_AXES
 from glm5_jax.mesh import make_mesh
-from glm5_jax.model import Glm5, forward
+from glm5_jax.model import forward
 from glm5_jax.moe import Routing
-from glm5_jax.params import leaves_by_path
 from glm5_jax.places import Places
 from glm5_jax.sharding import TRAIN, Partition
 from tests.test_sharded import CONFIG
 from train.balance import imbalance
-from train.loss import Objective
-from train.optimizer import Recipe, learnt
+from train.optimizer import make_recipe
+from train.settings import Settings
 from train.state import assemble, start
 from train.step import make_step
 
-OBJECTIVE = Objective(
-    mtp_depth=2, mtp_weight=0.3, index_weight=1.0, balance_weight=1e-2, z_weight=1e-3
-)
+pytestmark = pytest.mark.standard_promotion  # the schedules of optax mix dtypes
+
+SETTINGS = Settings(mtp_depth=2, balance_weight=1e-2, z_weight=1e-3, balance_rate=1e-3)
 TOKENS = np.random.default_rng(0).integers(2, CONFIG.vocab_size, (8, 20)).astype(np.int32)
 # Documents of all lengths, and padding that differs from row to row.
 LENGTHS = [(20,), (9, 11), (7, 6, 5), (3, 3), (12, 1, 4), (1,), (2, 17), (10, 10)]
@@ -40,9 +39,7 @@ SEGMENTS = segments_of(LENGTHS, 20)
 
 def recipe():
     """Whose update is the gradient, so that no optimizer magnifies rounding or hides a factor."""
-    specs = leaves_by_path(Glm5(CONFIG))
-    chosen = tuple(learnt(specs, OBJECTIVE))
-    return Recipe(OBJECTIVE, chosen, lambda step: 1.0, optax.sgd(1.0))
+    return make_recipe(CONFIG, SETTINGS)._replace(optimizer=optax.sgd(1.0))
 
 
 @functools.cache
@@ -53,9 +50,7 @@ def updated(tokens, shape=(1, 1, 1), microbatches=1, dtype="float32"):
     partition = Partition(mesh, TRAIN)
     state = start(CONFIG, recipe(), partition, seed=0)
     before = {path: np.asarray(w) for path, w in state.params.items()}
-    step = make_step(
-        CONFIG, recipe(), 1e-3, partition, dtype=dtype, microbatches=microbatches, remat=False
-    )
+    step = make_step(CONFIG, recipe(), partition, dtype=dtype, microbatches=microbatches)
     with jax.set_mesh(mesh):
         state, metrics = step(state, *BATCHES[tokens])
     return before, {path: np.asarray(w) for path, w in state.params.items()}, metrics

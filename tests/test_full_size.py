@@ -84,7 +84,7 @@ def test_gradient_traces(name):
 
     def loss(model, tokens):
         places = Places.unpadded(*tokens.shape)
-        hidden = forward(model, tokens, places, remat=True).hidden_BTD
+        hidden = forward(model, tokens, places, remat="layers").hidden_BTD
         ahead = predict_ahead(model, hidden, tokens, places, depth=1)
         return jnp.mean(logits(model, hidden)) + jnp.mean(logits(model, ahead[0][0]))
 

@@ -184,7 +184,7 @@ def test_remat_does_not_change_gradients(model, tokens):
 
         return jax.grad(loss)(model)
 
-    plain, rematted = gradient(model, False), gradient(model, True)
+    plain, rematted = gradient(model, "none"), gradient(model, "layers")
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(rematted), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 

@@ -55,7 +55,7 @@ def predict(model, tokens, segments, rules=DECODE):
 
 def learn(model, tokens, segments, rules=DECODE):
     def minimised(model):
-        return loss(model, tokens, Places.packed(segments), OBJECTIVE, rules=rules, remat=True)
+        return loss(model, tokens, Places.packed(segments), OBJECTIVE, rules=rules, remat="layers")
 
     return jax.value_and_grad(minimised, has_aux=True)(model)
 

@@ -6,13 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm5_jax.model import Glm5
 from glm5_jax.params import leaves_by_path
 from glm5_jax.places import Places
 from glm5_jax.sharding import on_one_device
 from tests.tiny import SHARED, TOKENS, random_model, tiny_config
 from train.loss import Loads, Objective, loss
-from train.optimizer import Recipe, balance, learning_rate, learnt, make_optimizer
+from train.optimizer import balance, make_recipe
 from train.settings import Settings
 from train.state import assemble, start
 from train.step import make_step
@@ -76,16 +75,20 @@ def test_balancing_raises_experts_below_the_mean_and_lowers_those_above():
     assert moved["other"] is bias
 
 
-def training(raw, objective=OBJECTIVE, rate=1e-2, decay=0.1, balance_rate=1e-3):
+def training(raw, objective=OBJECTIVE, rate=1e-2, decay=0.1, balance_rate=1e-3, **changes):
     config = tiny_config(raw)
-    specs = leaves_by_path(Glm5(config))
-    rates = learning_rate(
-        Settings(learning_rate=rate, final_learning_rate=rate / 10, warmup_steps=5, steps=100)
+    settings = Settings(
+        learning_rate=rate,
+        final_learning_rate=rate / 10,
+        warmup_steps=5,
+        steps=100,
+        weight_decay=decay,
+        balance_rate=balance_rate,
+        **dataclasses.asdict(objective) | changes,
     )
-    chosen = {path: specs[path] for path in learnt(specs, objective)}
-    recipe = Recipe(objective, tuple(chosen), rates, make_optimizer(chosen, rates, decay, 1.0))
+    recipe = make_recipe(config, settings)
     state = start(config, recipe, on_one_device(), seed=0)
-    return state, make_step(config, recipe, balance_rate, on_one_device(), remat=False)
+    return state, make_step(config, recipe, on_one_device())
 
 
 @pytest.mark.standard_promotion
@@ -164,7 +167,7 @@ def test_recomputing_layers_trains_the_same():
                 lambda m, r=remat: loss(m, tokens, Places.packed(segments), OBJECTIVE, remat=r)[0]
             )
         )(model)
-        for remat in (False, True)
+        for remat in ("none", "layers", "products")
     ]
     for a, b in zip(jax.tree.leaves(values[0]), jax.tree.leaves(values[1]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

@@ -2,7 +2,10 @@
 
 import argparse
 import dataclasses
+import math
+import signal
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from glm5_jax.console import add_command, command_parser, run_command
 from glm5_jax.errors import InputError
 from glm5_jax.processes import add_processes, one_program
 from train.prepare import add_prepare
+from train.run_file import READY, RunFile, make_settings, read_run_file
 from train.settings import Settings
 
 
@@ -35,16 +39,27 @@ def _add_run(commands: Any) -> None:
         "run",
         _run,
         "Train a model, or go on training it.\n\n"
-        "A run goes on, from its last checkpoint, with the settings it was started with; only\n"
-        f"{may_change} may change.\n\n"
-        "Checkpoints in RUN are native model directories: `glm5 --model RUN/step-N`.",
+        "The same command again goes on from the last checkpoint; only\n"
+        f"{textwrap.fill(may_change, 90)} may change.\n"
+        "SIGTERM and Ctrl-C end a run after the step it is at, which is saved.\n\n"
+        "Settings are those of a run file, if one is given, whose stages follow one another; then\n"
+        "those of options, which hold in all stages; else the defaults.\n\n"
+        "Checkpoints in RUN are native model directories: `glm5 --model RUN/step-N`, and\n"
+        "`glm5-convert to-hf RUN/step-N` publishes them.",
     )
     command.add_argument("data", type=Path, metavar="DATA", help="made by `glm5-train prepare`")
     command.add_argument(
         "run_directory", type=Path, metavar="RUN", help="new, or one to go on with"
     )
     command.add_argument(
-        "--config", required=True, metavar="PRESET|FILE", help="a preset's name or a config.json"
+        "--file",
+        metavar="NAME|FILE",
+        help=f"a run file in TOML, or one of the ready ones: {', '.join(READY)}",
+    )
+    command.add_argument(
+        "--config",
+        metavar="PRESET|FILE",
+        help="a preset's name or a config.json (default: that of the run file)",
     )
     command.add_argument(
         "--from",
@@ -54,24 +69,39 @@ def _add_run(commands: Any) -> None:
         help="a native checkpoint whose weights a new run starts with, such as the last one of a "
         "run of another stage (default: random weights)",
     )
+    command.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on although config, settings or data are not those the run was started with",
+    )
     add_mesh(command)
     add_processes(command)
-    types: dict[type, tuple[Callable[[str], float], str]] = {
+    group = command.add_argument_group("settings", "Run files have the same, with _ for -.")
+    types: dict[type, tuple[Callable[[str], Any], str]] = {
         int: (integer(0), "N"),
         float: (non_negative, "X"),
+        str: (str, "TEXT"),
     }
     for field in fields:
-        option, meaning = _option(field), field.metadata["help"]
-        choices = field.metadata["choices"]
+        default = f"(default: {field.default or repr(field.default)})"
         if isinstance(field.default, bool):
-            command.add_argument(option, action="store_true", help=meaning)
-        elif choices is not None:
-            command.add_argument(option, choices=choices, default=field.default, help=meaning)
-        else:
-            parse, metavar = types[type(field.default)]
-            command.add_argument(
-                option, type=parse, default=field.default, metavar=metavar, help=meaning
+            group.add_argument(
+                _option(field),
+                action=argparse.BooleanOptionalAction,
+                default=argparse.SUPPRESS,
+                help=f"{field.metadata['help']} {default}",
             )
+            continue
+        choices = field.metadata["choices"]
+        parse, metavar = types[type(field.default)]
+        group.add_argument(
+            _option(field),
+            type=parse,
+            choices=choices,
+            default=argparse.SUPPRESS,  # so that only what is given is known
+            metavar=None if choices else metavar,
+            help=f"{field.metadata['help']} {default}",
+        )
 
 
 def _option(field: "dataclasses.Field[Any]") -> str:
@@ -80,28 +110,50 @@ def _option(field: "dataclasses.Field[Any]") -> str:
 
 def _run(args: argparse.Namespace) -> int:
     with one_program(args):
-        _train(args)
-    return 0
+        return _train(args)
 
 
-def _train(args: argparse.Namespace) -> None:
-    settings = Settings(
-        **{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
-    )
+def _train(args: argparse.Namespace) -> int:
+    """Trains; returns the exit status."""
+    given = vars(args)
+    file = RunFile(None, ({},)) if args.file is None else read_run_file(args.file)
+    options = {field.name for field in dataclasses.fields(Settings)} & given.keys()
+    stages = make_settings(file.stages, {name: given[name] for name in options})
+    config = args.config or file.config
+    if config is None:
+        raise InputError("there is no config, expected --config, or one in the run file")
 
     from glm5_jax.config_json import read_config
     from glm5_jax.presets import PRESETS, load_preset
     from train.data import Data
     from train.run import train
 
-    is_preset, path = args.config in PRESETS, Path(args.config)
+    is_preset, path = config in PRESETS, Path(config)
     if not is_preset and not path.exists():
         raise InputError(f"{path}: is neither a file nor one of the presets {', '.join(PRESETS)}")
-    published = load_preset(args.config) if is_preset else read_config(path)
+    published = load_preset(config) if is_preset else read_config(path)
     data = Data(args.data)
-    partition = partition_for(published.config, args.mesh, "train", settings.batch_size)
-    last = train(data, published.config, args.run_directory, settings, partition, args.initial)
-    print(f"{last}: trained for {settings.steps} steps")
+    batch = math.gcd(*(settings.smallest_batch for settings in stages))
+    partition = partition_for(published.config, args.mesh, "train", batch)
+    ended = train(
+        data,
+        published.config,
+        args.run_directory,
+        stages,
+        partition,
+        args.initial,
+        accept_changes=args.accept_changes,
+    )
+    steps = sum(settings.steps for settings in stages)
+    if ended.signal is None:
+        print(f"{ended.checkpoint}: trained for {steps} steps")
+        return 0
+    print(
+        f"{ended.checkpoint}: stopped by {ended.signal.name} after {ended.step} of {steps} steps; "
+        "the same command goes on from there"
+    )
+    # Whoever terminates a job wants it to end well; an interrupted one is not to be followed.
+    return 0 if ended.signal == signal.SIGTERM else 128 + ended.signal
 
 
 def _report(args: argparse.Namespace) -> int:

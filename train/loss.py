@@ -18,6 +18,7 @@ from glm5_jax.config import Config
 from glm5_jax.layers import LayerPlace
 from glm5_jax.model import Glm5, forward, predict_ahead
 from glm5_jax.places import Places
+from glm5_jax.segment import Remat
 from glm5_jax.sharding import DECODE, Rules
 from train.balance import imbalance
 from train.prediction import next_token_sums
@@ -102,8 +103,9 @@ def loss(
     objective: Objective,
     followed_D: jax.Array | None = None,
     *,
+    mtp_weight: jax.Array | float | None = None,
     rules: Rules = DECODE,
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> tuple[jax.Array, tuple[Losses, Loads]]:
     """The training loss of a batch, its parts, and the experts' loads.
 
@@ -112,6 +114,7 @@ def loss(
     Args:
       followed_D: what `count_followed` gives of a larger batch that this one is a part of. The
         losses of its parts then add up to that of the whole, as loads do.
+      mtp_weight: instead of the objective's.
 
     Source: DeepSeek-V3, arXiv:2412.19437, equations 17 to 20 for the experts, 24 and 25 for the
     tokens further ahead; DeepSeek-V3.2, arXiv:2512.02556, equations 3 and 4, for the indexers.
@@ -168,16 +171,21 @@ def loss(
         segments=tuple(tuple(seen.load_E for seen in segment) for segment in output.observed),
         mtp_E=_sum_loads([seen.load_E for seen in seen_ahead]),
     )
-    return _weighted(losses, objective, model.config), (losses, total(loads, BATCH))
+    if mtp_weight is None:
+        mtp_weight = objective.mtp_weight
+    minimised = _weighted(losses, objective, mtp_weight, model.config)
+    return minimised, (losses, total(loads, BATCH))
 
 
-def _weighted(losses: Losses, objective: Objective, config: Config) -> jax.Array:
+def _weighted(
+    losses: Losses, objective: Objective, mtp_weight: jax.Array | float, config: Config
+) -> jax.Array:
     """What is minimised."""
     if objective.stage == "warmup":
         return objective.index_weight * losses.indexers
     minimised = losses.next_token + objective.z_weight * losses.z
     if objective.mtp_depth:
-        minimised = minimised + objective.mtp_weight * jnp.mean(losses.mtp_D)
+        minimised = minimised + mtp_weight * jnp.mean(losses.mtp_D)
     if objective.balance_weight:
         num_layers = sum(kind.mlp == "moe" for kind in config.layers)
         num_layers += objective.mtp_depth if objective.mtp_weight else 0

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from glm5_jax.atomic import new_file
 from glm5_jax.errors import InputError
 from glm5_jax.strict_json import parse_json
@@ -25,31 +23,36 @@ _LISTS = ("index_losses", "held_out_mtp_losses", "index_recall", "mtp_acceptance
 _MAY_BE_NULL = {"loss", "mtp_losses", "index_loss", "index_losses", "gradient_norm"}
 
 
-def make_record(step: int, metrics: Metrics, rate: float) -> dict[str, Any]:
+def make_record(step: int, stage: str, metrics: Metrics) -> dict[str, Any]:
     """The numbers of a step."""
     losses = metrics.losses
-    known = {"sequence_imbalance": float(losses.imbalance)} if losses.imbalance > 0 else {}
-    return known | {
+    record: dict[str, Any] = {
         "step": step,
+        "stage": stage,
         "loss": float(losses.next_token),
         "mtp_losses": [float(value) for value in losses.mtp_D],
         "index_loss": float(losses.indexers),
         "index_losses": [float(value) for value in losses.indexer_L],
         "z": float(losses.z),
-        "learning_rate": rate,
+        "learning_rate": float(metrics.rate),
         "gradient_norm": float(metrics.gradient_norm),
         "weight_norm": float(metrics.weight_norm),
         "imbalance": float(metrics.imbalance),
     }
+    if losses.imbalance > 0:
+        record["sequence_imbalance"] = float(losses.imbalance)
+    if not metrics.is_taken:
+        record["skipped"] = True
+    return record
 
 
 def require_finite(record: dict[str, Any], run: Path) -> None:
-    """Raises `InputError` if a number of a step is not finite."""
+    """Raises `InputError` if a number of a step that was taken is not finite."""
     for name, value in record.items():
-        if not np.all(np.isfinite(value)):
+        if not record.get("skipped") and not _is_finite(value):
             raise InputError(
-                f"{run}: the {name} of step {record['step']} is {value}, expected a finite number; "
-                "a lower learning rate may help"
+                f"{run}: the {name} of step {record['step']} is {value!r:.80}, expected a finite "
+                "number; a lower learning rate may help"
             )
 
 
@@ -158,7 +161,13 @@ def _is_table(value: Any) -> bool:
     return is_one and len(set(map(len, value))) <= 1
 
 
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def _finite_or_none(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite_or_none(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return value if _is_finite(value) else None

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from glm5_jax.config import Config
+from glm5_jax.errors import InputError
 from glm5_jax.model import Glm5
 from glm5_jax.params import ParamSpec, leaves_by_path
 from train.loss import Loads, Objective
@@ -34,16 +35,24 @@ def learning_rate(settings: Settings) -> optax.Schedule:
 
 
 class Recipe(NamedTuple):
-    """How a run learns."""
+    """How a stage learns. Schedules are functions of the number of steps taken in it."""
 
     objective: Objective
     learnt: tuple[str, ...]  # paths of the weights that gradients move
     rate: optax.Schedule
     optimizer: optax.GradientTransformation  # of the weights that are learnt, by path
+    mtp_weight: optax.Schedule
+    balance_rate: optax.Schedule
+    average_decay: float  # 0: no average of the weights is kept
+    spike: float  # standard deviations, as `Watch.is_usual` has them
 
 
 def make_recipe(config: Config, settings: Settings) -> Recipe:
-    """What settings say of how to learn a model's weights."""
+    """What settings say of how to learn a model's weights.
+
+    Raises:
+      InputError: it has none that would be learnt.
+    """
     specs = leaves_by_path(Glm5(config))
     objective = Objective(
         stage=settings.stage,
@@ -55,6 +64,8 @@ def make_recipe(config: Config, settings: Settings) -> Recipe:
     )
     rate = learning_rate(settings)
     chosen = {path: specs[path] for path in learnt(specs, objective)}
+    if not chosen:
+        raise InputError(f"stage is {settings.stage}, which learns no weight of such a model")
     cuts = {
         "adamw": None,
         "muon": {},
@@ -63,7 +74,21 @@ def make_recipe(config: Config, settings: Settings) -> Recipe:
     optimizer = make_optimizer(
         chosen, rate, settings.weight_decay, settings.clip, cuts[settings.optimizer]
     )
-    return Recipe(objective, tuple(chosen), rate, optimizer)
+
+    def until(part: float, before: float, after: float) -> optax.Schedule:
+        last = round(part * settings.steps)
+        return lambda taken: jnp.where(taken < last, before, after)
+
+    return Recipe(
+        objective,
+        tuple(chosen),
+        rate,
+        optimizer,
+        until(settings.mtp_weight_part, settings.mtp_weight, settings.final_mtp_weight),
+        until(settings.balance_part, settings.balance_rate, 0.0),
+        settings.average_decay,
+        settings.spike,
+    )
 
 
 def _cut(path: str, config: Config) -> Cut | None:
@@ -118,7 +143,9 @@ def learnt(specs: Mapping[str, ParamSpec], objective: Objective) -> list[str]:
 _ROUTER_BIAS = "mlp.router.bias"
 
 
-def balance(params: Params, loads: Loads, objective: Objective, rate: float) -> Params:
+def balance(
+    params: Params, loads: Loads, objective: Objective, rate: jax.typing.ArrayLike
+) -> Params:
     """Moves the bias of every expert up if it got less than the mean load, down if it got more.
 
     The loads are those of the whole batch, padding left out. Experts that the objective does not

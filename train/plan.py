@@ -23,9 +23,7 @@ def program(config: Config, partition: Partition, work: Work) -> Program:
     rows_BT = jax.ShapeDtypeStruct((work.batch, work.context), jnp.int32)
     num_tokens = work.batch * work.context
     return Program(
-        make_step(
-            config, recipe, settings.balance_rate, partition, dtype=settings.dtype, remat=True
-        ),
+        make_step(config, recipe, partition, dtype=settings.dtype, remat="layers"),
         (state, rows_BT, rows_BT),
         {"weights": state.params, "optimizer": state.optimizer},
         num_tokens,

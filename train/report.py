@@ -12,9 +12,9 @@ import numpy as np
 from glm5_jax.atomic import new_file
 from glm5_jax.errors import InputError
 from glm5_jax.strict_json import read_json
+from train.claim import RUN_NAME
 from train.history import Column, History, column, columns
 from train.metrics import METRICS_NAME, read_metrics
-from train.run import SETTINGS_NAME
 
 REPORT_NAME = "report"
 PAGE_NAME = "index.html"
@@ -29,7 +29,7 @@ def report(run: Path) -> str:
     records = read_metrics(run / METRICS_NAME)
     if not records:
         raise InputError(f"{run / METRICS_NAME}: holds no step yet")
-    origin = read_json(run / SETTINGS_NAME) if (run / SETTINGS_NAME).exists() else {}
+    origin = read_json(run / RUN_NAME) if (run / RUN_NAME).exists() else {}
     history = History(records, _num_layers(origin))
     facts = _facts(history)
     page = run / REPORT_NAME / PAGE_NAME
@@ -143,7 +143,7 @@ def _origin(origin: Mapping[str, Any]) -> str:
             f"<details><summary>{html.escape(name)}</summary>\n<table>\n{_table(rows)}\n</table>"
             "</details>"
         )
-    return "\n".join(parts) or f"<p>There is no {SETTINGS_NAME}.</p>"
+    return "\n".join(parts) or f"<p>There is no {RUN_NAME}.</p>"
 
 
 def _table(rows: Mapping[str, str]) -> str:

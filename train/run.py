@@ -1,17 +1,16 @@
-"""A training run: steps, metrics, evaluation, checkpoints."""
+"""A training run: its stages, one after the other, from wherever it was left."""
 
+import contextlib
 import dataclasses
-import json
-import time
+import signal
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import jax
 from rich.progress import TextColumn
 
-from glm5_jax.atomic import new_directory
 from glm5_jax.collectives import BATCH
 from glm5_jax.config import Config
-from glm5_jax.config_json import config_to_json
 from glm5_jax.console import notice, progress
 from glm5_jax.coordination import require_same, said_by_all
 from glm5_jax.errors import InputError
@@ -20,36 +19,42 @@ from glm5_jax.model import Glm5
 from glm5_jax.params import leaves_by_path
 from glm5_jax.processes import is_first, on_first
 from glm5_jax.sharding import Partition, require_divisible
-from glm5_jax.strict_json import read_json
 from train import checkpoint
+from train.claim import RUN_NAME, claimed, describe
 from train.data import Data
 from train.evaluation import Evaluation
-from train.metrics import (
-    METRICS_NAME,
-    forget_later_steps,
-    make_record,
-    require_finite,
-    summary,
-    to_line,
-)
-from train.optimizer import Recipe, make_recipe
+from train.loop import Loop, Part
+from train.metrics import METRICS_NAME, forget_later_steps
+from train.optimizer import make_recipe
 from train.pipeline import Pipeline
+from train.saver import saving
 from train.settings import Settings
-from train.state import TrainState, abstract_state, start
-from train.step import make_step
+from train.sinks import Sinks, open_sinks
+from train.stages import Stage, batch_sizes, plan_stages
+from train.state import TrainState, abstract_state, start, start_stage
+from train.stopping import asked_to_stop
 
-SETTINGS_NAME = "run.json"
 _LONGEST_WAIT = 300  # seconds that processes wait for each other before the first step
+
+
+class Ended(NamedTuple):
+    """How a run ended."""
+
+    checkpoint: Path  # the last one, a native model directory
+    step: int  # how many were taken in all
+    signal: signal.Signals | None  # that it was asked to stop by, before its last step
 
 
 def train(
     data: Data,
     config: Config,
     run: Path,
-    settings: Settings,
+    stages: Sequence[Settings],
     partition: Partition,
     initial: Path | None = None,
-) -> Path:
+    *,
+    accept_changes: bool = False,
+) -> Ended:
     """Trains a model, from where the run left off if there is one.
 
     The mesh and the number of processes may be others each time. The first process writes, on a
@@ -57,86 +62,65 @@ def train(
 
     Args:
       initial: a native checkpoint whose weights a new run starts with; random ones unless given.
-
-    Returns:
-      The last checkpoint, a native model directory.
+      accept_changes: go on with another config, other settings or data than it was started with.
 
     Raises:
-      InputError: data, config and settings do not fit each other, the run was started with other
-        settings, processes see different files, or a number of a step is not finite.
+      InputError: data, config and settings do not fit each other, the run was started with others,
+        processes see different files, or too many steps are skipped.
     """
-    pipeline = Pipeline(data, settings.length, None, settings.seed, at_least=settings.batch_size)
-    specs = leaves_by_path(Glm5(config))
-    require_divisible(specs, partition.rules, partition.mesh.shape, settings.batch_size)
-    _require_fit(data, config, settings, partition)
-    recipe = make_recipe(config, settings)
-    evaluation = Evaluation(data, config, recipe.objective, settings, partition)
+    parts = [_prepare(stage, data, config, partition) for stage in plan_stages(stages)]
     config = dataclasses.replace(config, eos_ids=(data.end_id,), pad_id=data.end_id)
     params = None
     if initial is not None and not checkpoint.saved(run):
         params = checkpoint.weights(initial, config, partition)
-    if is_first():
-        _claim(run, config, settings, initial)
-    newest = _newest_checkpoint(run, data, config)
-    if partition.mesh.size > 1:
-        notice(announcement(partition.mesh))
-    if newest is None:
+    description = describe(config, stages, data.digest, initial)
+    with contextlib.ExitStack() as stack:
         if is_first():
-            (run / METRICS_NAME).unlink(missing_ok=True)
-        state = start(config, recipe, partition, settings.seed, params)
-    else:
-        state = _resume(newest, run, config, recipe, partition)
-    step = make_step(
-        config,
-        recipe,
-        settings.balance_rate,
-        partition,
-        dtype=settings.dtype,
-        microbatches=settings.microbatches,
-        remat=settings.remat,
-    )
-    with (
-        on_first(lambda: (run / METRICS_NAME).open("a")) as log,
-        progress(
-            "train", settings.steps, TextColumn("{task.fields[shown]}"), shown="compiles"
-        ) as advance,
-        pipeline.read(int(state.step) * settings.batch_size) as reader,
-    ):
+            stack.enter_context(claimed(run, description, accept_changes))
+        _meet(run, data, config)
+        if partition.mesh.size > 1:
+            notice(announcement(partition.mesh))
+        state = _resume(run, config, parts, partition)
+        if state is None:
+            if is_first():
+                (run / METRICS_NAME).unlink(missing_ok=True)
+            state = start(config, parts[0].recipe, partition, stages[0].seed, params)
+        ends = {part.stage.end for part in parts}
+        log = stack.enter_context(on_first(lambda: (run / METRICS_NAME).open("a")))
+        sinks = stack.enter_context(on_first(lambda: _sinks(run, description)))
+        asked = stack.enter_context(asked_to_stop(partition.mesh))
+        saver = stack.enter_context(saving(run, config, data.directory, ends))
+        bar = progress("train", max(ends), TextColumn("{task.fields[shown]}"), shown="compiles")
+        advance = stack.enter_context(bar)
         advance(int(state.step))
-        while (number := int(state.step)) < settings.steps:
-            began = time.perf_counter()
-            batch = reader.next(settings.batch_size)
-            with jax.set_mesh(partition.mesh):
-                state, metrics = step(state, *batch)
-            record = make_record(number + 1, metrics, float(recipe.rate(number)))
-            seconds = time.perf_counter() - began
-            record["tokens_per_second"] = round(batch.tokens_BT.size / seconds, 1)
-            is_last = number + 1 == settings.steps
-            is_evaluated = is_last or (number + 1) % settings.eval_every == 0
-            if is_evaluated:
-                record |= evaluation(state.params)
-            require_finite(record, run)
-            if is_evaluated:
-                notice(summary(record))
-            if log is not None:
-                log.write(to_line(record))
-                log.flush()
-            if is_last or (number + 1) % settings.save_every == 0:
-                newest = checkpoint.save(run, config, state, data.directory, settings.keep)
-            shown = f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s"
-            advance(1, shown=shown)
-    assert newest is not None
-    return newest
+        loop = Loop(config, run, partition, log, sinks, saver, advance, asked)
+        came = None
+        for part in parts:
+            if came is None and int(state.step) < part.stage.end:
+                if int(state.step) == part.stage.first > 0:
+                    notice(f"stage {part.stage.number}: {part.stage.settings.stage}")
+                    state = start_stage(state.step, state.params, part.recipe, partition)
+                state, came = loop.run(part, state)
+        saver.wait()
+        return Ended(checkpoint.path_of(run, int(state.step)), int(state.step), came)
 
 
-def _require_fit(data: Data, config: Config, settings: Settings, partition: Partition) -> None:
-    """Refuses data and settings that are not for a model of the config, on that mesh."""
-    rows = settings.batch_size // partition.num_shards(BATCH)
-    if rows % settings.microbatches:
-        raise InputError(
-            f"microbatches is {settings.microbatches}, expected a divisor of the {rows} rows that "
-            "each device has of a batch"
-        )
+def _prepare(stage: Stage, data: Data, config: Config, partition: Partition) -> Part:
+    """A stage ready to be run.
+
+    Raises:
+      InputError: data and settings are not for a model of the config, on that mesh.
+    """
+    settings = stage.settings
+    specs = leaves_by_path(Glm5(config))
+    for size in batch_sizes(settings):
+        require_divisible(specs, partition.rules, partition.mesh.shape, size)
+        rows = size // partition.num_shards(BATCH)
+        if rows % settings.microbatches:
+            raise InputError(
+                f"microbatches is {settings.microbatches}, expected a divisor of the {rows} rows "
+                "that each device has of a batch"
+            )
     if data.vocab_size > config.vocab_size:
         raise InputError(
             f"{data.directory}: has {data.vocab_size} tokens, expected at most the config's "
@@ -152,68 +136,78 @@ def _require_fit(data: Data, config: Config, settings: Settings, partition: Part
             f"length is {settings.length}, expected at most the config's max_position_embeddings "
             f"{config.max_positions}"
         )
+    pipeline = Pipeline(
+        data,
+        settings.length,
+        settings.mixture_weights(),
+        settings.seed,
+        at_least=settings.batch_size,
+    )
+    recipe = make_recipe(config, settings)
+    evaluation = Evaluation(data, config, recipe.objective, settings, partition)
+    return Part(stage, recipe, pipeline, evaluation)
 
 
-def _claim(run: Path, config: Config, settings: Settings, initial: Path | None) -> None:
-    """Writes down what a run is, or compares it with what was written down."""
-    path = run / SETTINGS_NAME
-    config_json = config_to_json(config)
-    start_json = {"from": None if initial is None else str(initial.resolve())}
-    if not run.exists():
-        written = {
-            "settings": dataclasses.asdict(settings),
-            "config": config_json,
-            "start": start_json,
-        }
-        with new_directory(run) as directory:
-            text = json.dumps(written, indent=2, allow_nan=False)
-            (directory / SETTINGS_NAME).write_text(text + "\n")
-        return
-    if not path.exists():
-        raise InputError(f"{run}: exists already and is not a run, expected a new name")
-    found = read_json(path)
-    changes = []
-    parts = {"settings": settings.lasting(), "config": config_json, "start": start_json}
-    for part, wanted in parts.items():
-        values = found.get(part)
-        if not isinstance(values, dict):
-            raise InputError(f"{path}: {part} is {values!r:.80}, expected an object")
-        if missing := sorted(wanted.keys() - values.keys()):
-            raise InputError(
-                f"{path}: {part} has no {', '.join(missing)}: the run was started by another "
-                "version, expected a new RUN"
-            )
-        changes += [
-            f"{key} {values.get(key)!r:.80}, not {value!r:.80}"
-            for key, value in wanted.items()
-            if values.get(key) != value
-        ]
-    if changes:
-        raise InputError(
-            f"{path}: the run was started with {'; '.join(changes)}; expected the same"
-        )
+def _sinks(run: Path, description: dict[str, Any]) -> contextlib.AbstractContextManager[Sinks]:
+    """Where numbers go beside the metrics file: wherever a stage says."""
+    stages = description["stages"]
+    projects = [stage["wandb"] for stage in stages if stage["wandb"]]
+    any_tensorboard = any(stage["tensorboard"] for stage in stages)
+    return open_sinks(run, any_tensorboard, projects[0] if projects else None, description)
 
 
-def _newest_checkpoint(run: Path, data: Data, config: Config) -> Path | None:
-    """The checkpoint to go on from, if there is one, once all processes agree on what they see."""
+def _meet(run: Path, data: Data, config: Config) -> None:
+    """Returns once the run is claimed, and all processes agree on what they see."""
     said_by_all("run is claimed", "", _LONGEST_WAIT)
-    checkpoints = checkpoint.saved(run)
+    saved = checkpoint.saved(run)
     seen = {
-        f"{run / SETTINGS_NAME}": "there" if (run / SETTINGS_NAME).exists() else "missing",
-        f"the newest checkpoint in {run}": checkpoints[-1].name if checkpoints else "none",
+        f"{run / RUN_NAME}": "there" if (run / RUN_NAME).exists() else "missing",
+        f"the newest checkpoint in {run}": saved[-1].name if saved else "none",
         "the model's config": config,
         f"the digest of {data.directory}": data.digest,
     }
     require_same("run", seen, _LONGEST_WAIT)
-    return checkpoints[-1] if checkpoints else None
 
 
 def _resume(
-    newest: Path, run: Path, config: Config, recipe: Recipe, partition: Partition
-) -> TrainState:
-    notice(f"{run}: goes on from {newest.name}")
-    template = abstract_state(config, recipe, partition)
-    state = checkpoint.restore(newest, config, partition, template)
-    if is_first():
-        forget_later_steps(run / METRICS_NAME, int(state.step))
-    return state
+    run: Path, config: Config, parts: Sequence[Part], partition: Partition
+) -> TrainState | None:
+    """The state of the newest checkpoint that is whole; None if there is no checkpoint.
+
+    Those that are damaged are named, and put aside once another is found to go on from.
+
+    Raises:
+      InputError: all are damaged, or the newest is beyond the last step.
+    """
+    damaged: dict[Path, str] = {}
+    for path in reversed(checkpoint.saved(run)):
+        state, trouble = _try_to_restore(path, config, parts, partition)
+        told = said_by_all(f"restored {path.name}", trouble, _LONGEST_WAIT)
+        if state is not None and not any(told):
+            for bad, why in damaged.items():
+                notice(f"{why}; the one before it is used")
+                if is_first():
+                    bad.rename(bad.with_name(f"damaged-{bad.name}"))
+            notice(f"{run}: goes on from {path.name}")
+            if is_first():
+                forget_later_steps(run / METRICS_NAME, int(state.step))
+            return state
+        damaged[path] = next(filter(None, told))
+    if damaged:
+        raise InputError(next(iter(damaged.values())))
+    return None
+
+
+def _try_to_restore(
+    path: Path, config: Config, parts: Sequence[Part], partition: Partition
+) -> tuple[TrainState | None, str]:
+    """The state of a checkpoint, or what is wrong with it."""
+    step = checkpoint.step_of(path)
+    for part in parts:
+        if part.stage.first < step <= part.stage.end:
+            template = abstract_state(config, part.recipe, partition)
+            try:
+                return checkpoint.restore(path, config, partition, template), ""
+            except (InputError, OSError) as error:
+                return None, str(error)
+    return None, f"{path}: is of step {step}, expected one of the run's {parts[-1].stage.end}"

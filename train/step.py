@@ -14,6 +14,7 @@ from glm5_jax.config import Config
 from glm5_jax.model import Glm5
 from glm5_jax.params import leaves_by_path
 from glm5_jax.places import Places
+from glm5_jax.segment import Remat
 from glm5_jax.sharding import Partition
 from train.loss import Loads, Losses, count_followed, loss
 from train.optimizer import Params, Recipe, balance
@@ -26,6 +27,9 @@ class Metrics(NamedTuple):
     losses: Losses
     gradient_norm: jax.Array  # before clipping
     weight_norm: jax.Array  # after the step
+    rate: jax.Array  # of learning
+    is_taken: jax.Array  # not, where a step would do harm: the weights are then as before it
+    in_a_row: jax.Array  # steps, this one the last, that were not taken
     imbalance: jax.Array  # the largest load of an expert over the mean of its layer
 
 
@@ -41,17 +45,17 @@ class Step(Protocol):
 def make_step(
     config: Config,
     recipe: Recipe,
-    balance_rate: float,
     partition: Partition,
     *,
     dtype: jax.typing.DTypeLike = jnp.float32,
     microbatches: int = 1,
-    remat: bool,
+    remat: Remat = "none",
 ) -> Step:
     """Compiles a step.
 
     Gradients are taken by every device on its shards, of the weights that are learnt; the
-    optimizer is given the whole arrays.
+    optimizer is given the whole arrays. A step that the watch finds unusual, or after which the
+    weights would have no norm, changes nothing but the watch and the number of the step.
 
     Args:
       dtype: that gradients are computed in, and summed over devices; weights, the optimizer and
@@ -63,8 +67,12 @@ def make_step(
     attending = objective.attending(config)
 
     def gradient_of(
-        learnt: Params, kept: Params, tokens_BT: jax.Array, segment_BT: jax.Array
-    ) -> tuple[Params, tuple[Losses, Loads]]:
+        learnt: Params,
+        kept: Params,
+        mtp_weight: jax.Array,
+        tokens_BT: jax.Array,
+        segment_BT: jax.Array,
+    ) -> tuple[tuple[jax.Array, tuple[Losses, Loads]], Params]:
         tokens_BT, segment_BT = (share(each, BATCH, 0) for each in (tokens_BT, segment_BT))
         followed_D = count_followed(Places.packed(segment_BT), objective.mtp_depth)
 
@@ -79,11 +87,12 @@ def make_step(
                 places,
                 objective,
                 followed_D,
+                mtp_weight=mtp_weight,
                 rules=partition.rules,
                 remat=remat,
             )
 
-        take = jax.grad(part_loss, has_aux=True)
+        take = jax.value_and_grad(part_loss, has_aux=True)
         if microbatches == 1:
             return take(learnt, tokens_BT, segment_BT)
 
@@ -93,10 +102,10 @@ def make_step(
         parts = jax.tree.map(
             lambda each: each.reshape(microbatches, -1, each.shape[-1]), (tokens_BT, segment_BT)
         )
-        _, shapes = jax.eval_shape(take, learnt, *(each[0] for each in parts))
+        shapes, _ = jax.eval_shape(take, learnt, *(each[0] for each in parts))
         nothing = (
-            jax.tree.map(lambda weight: alike(jnp.zeros_like(weight), weight)[0], learnt),
             jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), shapes),
+            jax.tree.map(lambda weight: alike(jnp.zeros_like(weight), weight)[0], learnt),
         )
         return jax.lax.scan(add, nothing, parts)[0]
 
@@ -104,7 +113,9 @@ def make_step(
     learnt_specs = {path: specs[path] for path in recipe.learnt}
     kept_specs = {path: spec for path, spec in specs.items() if path not in learnt_specs}
     gradient = partition.on_shards(
-        gradient_of, (learnt_specs, kept_specs, equal, equal), (learnt_specs, equal)
+        gradient_of,
+        (learnt_specs, kept_specs, equal, equal, equal),
+        ((equal, equal), learnt_specs),
     )
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -113,14 +124,36 @@ def make_step(
     ) -> tuple[TrainState, Metrics]:
         learnt = {path: state.params[path] for path in learnt_specs}
         kept = {path: state.params[path] for path in kept_specs}
-        gradients, (losses, loads) = gradient(learnt, kept, tokens_BT, segment_BT)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, learnt)
-        params = kept | optax.apply_updates(learnt, updates)
-        params = balance(params, loads, objective, balance_rate)
-        metrics = Metrics(
-            losses, optax.tree.norm(gradients), optax.tree.norm(params), _imbalance(loads)
+        taken = state.watch.taken
+        (minimised, (losses, loads)), gradients = gradient(
+            learnt, kept, recipe.mtp_weight(taken), tokens_BT, segment_BT
         )
-        return TrainState(state.step + 1, params, optimizer_state), metrics
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, learnt)
+        moved = optax.apply_updates(learnt, updates)
+        params = balance(kept | moved, loads, objective, recipe.balance_rate(taken))
+        average = {
+            path: weight + (1 - recipe.average_decay) * (moved[path] - weight)
+            for path, weight in state.average.items()
+        }
+        gradient_norm = optax.tree.norm(gradients)
+        is_taken = state.watch.is_usual(minimised, gradient_norm, recipe.spike)
+        is_taken &= jnp.isfinite(optax.tree.norm(params))
+        params, optimizer_state, average = jax.tree.map(
+            lambda after, before: jnp.where(is_taken, after, before),
+            (params, optimizer_state, average),
+            (state.params, state.optimizer, state.average),
+        )
+        watch = state.watch.after(minimised, gradient_norm, is_taken)
+        metrics = Metrics(
+            losses=losses,
+            gradient_norm=gradient_norm,
+            weight_norm=optax.tree.norm(params),
+            rate=recipe.rate(taken),
+            is_taken=is_taken,
+            in_a_row=watch.in_a_row,
+            imbalance=_imbalance(loads),
+        )
+        return TrainState(state.step + 1, params, optimizer_state, watch, average), metrics
 
     return step
 

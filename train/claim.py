@@ -1,0 +1,117 @@
+"""What a run is, written down when it starts and compared whenever it goes on."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from glm5_jax.atomic import new_directory, new_file
+from glm5_jax.config import Config
+from glm5_jax.config_json import config_to_json
+from glm5_jax.console import notice
+from glm5_jax.errors import InputError
+from glm5_jax.strict_json import read_json
+from train.settings import Settings
+
+RUN_NAME = "run.json"
+_LOCK_NAME = ".lock"
+
+
+def describe(
+    config: Config, stages: Sequence[Settings], data_digest: str, initial: Path | None
+) -> dict[str, Any]:
+    """A run in JSON."""
+    return {
+        "stages": [dataclasses.asdict(settings) for settings in stages],
+        "config": config_to_json(config),
+        "data": {"digest": data_digest},
+        "start": {"from": None if initial is None else str(initial.resolve())},
+    }
+
+
+@contextlib.contextmanager
+def claimed(run: Path, description: dict[str, Any], accept_changes: bool) -> Iterator[None]:
+    """Makes a run's folder, or compares what it was with what it is to be.
+
+    What a process that was killed left half-written there is removed. While in the body, no other
+    process of this machine can claim it.
+
+    Args:
+      accept_changes: write the new description down, if another was there.
+
+    Raises:
+      InputError: the folder is no run's, the run was another, or is claimed already.
+    """
+    if not run.exists():
+        with new_directory(run) as directory:
+            _write(directory / RUN_NAME, description)
+    if not (run / RUN_NAME).exists():
+        raise InputError(f"{run}: exists already and is not a run, expected a new name")
+    with (run / _LOCK_NAME).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{run}: another process is training this run") from None
+        changes = _changes(read_json(run / RUN_NAME), description, run / RUN_NAME)
+        if changes and not accept_changes:
+            raise InputError(
+                f"{run / RUN_NAME}: the run was started with {'; '.join(changes)}; expected the "
+                "same, or --accept-changes"
+            )
+        if changes:
+            notice(f"{run}: goes on otherwise than it was started, with {'; '.join(changes)}")
+            with new_file(run / RUN_NAME, overwrite=True) as partial:
+                _write(partial, description)
+        for unfinished in run.glob(".*.partial-*"):
+            shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+        yield
+
+
+def _write(path: Path, description: dict[str, Any]) -> None:
+    path.write_text(json.dumps(description, indent=2, allow_nan=False) + "\n")
+
+
+def _changes(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> list[str]:
+    """What differs, but for settings that no step depends on."""
+    changes = []
+    for part in ("config", "data", "start"):
+        changes += _differences(_object(found.get(part), f"{path}: {part}"), wanted[part], path)
+    stages = found.get("stages")
+    if not isinstance(stages, list):
+        raise InputError(f"{path}: stages is {stages!r:.80}, expected a list")
+    if len(stages) != len(wanted["stages"]):
+        return [*changes, f"{len(stages)} stages, not {len(wanted['stages'])}"]
+    lasting = [field.name for field in dataclasses.fields(Settings) if _is_lasting(field)]
+    for number, (before, now) in enumerate(zip(stages, wanted["stages"], strict=True), start=1):
+        of_stage = f"stage {number} " if len(stages) > 1 else ""
+        settings = _object(before, f"{path}: a stage")
+        differences = _differences(settings, {name: now[name] for name in lasting}, path)
+        changes += [of_stage + difference for difference in differences]
+    return changes
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> list[str]:
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise InputError(
+            f"{path}: has no {', '.join(missing)}: the run was started by another version, "
+            "expected a new RUN"
+        )
+    return [
+        f"{key} {found[key]!r:.80}, not {value!r:.80}"
+        for key, value in wanted.items()
+        if found[key] != value
+    ]
+
+
+def _is_lasting(field: "dataclasses.Field[Any]") -> bool:
+    return not field.metadata["may_change"]
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{what} is {value!r:.80}, expected an object")
+    return value

@@ -1,0 +1,121 @@
+"""The steps of a stage, and what is written down of each."""
+
+import signal
+import time
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+import jax
+
+from glm5_jax.config import Config
+from glm5_jax.console import Advance, notice
+from glm5_jax.errors import InputError
+from glm5_jax.sharding import Partition
+from train.evaluation import Evaluation
+from train.flops import peak_flops, step_flops
+from train.metrics import METRICS_NAME, make_record, require_finite, shown, summary, to_line
+from train.optimizer import Recipe
+from train.pipeline import Pipeline
+from train.saver import Saver
+from train.sinks import Sinks
+from train.stages import Stage
+from train.state import TrainState
+from train.step import make_step
+from train.stopping import Asked
+
+PROFILE_NAME = "profile"
+
+
+class Part(NamedTuple):
+    """A stage with what its steps are made of."""
+
+    stage: Stage
+    recipe: Recipe
+    pipeline: Pipeline
+    evaluation: Evaluation
+
+
+class Loop(NamedTuple):
+    """What the steps of all stages share."""
+
+    config: Config
+    run_directory: Path
+    partition: Partition
+    log: TextIO | None
+    sinks: Sinks | None
+    saver: Saver
+    advance: Advance
+    asked: Asked
+
+    def run(self, part: Part, state: TrainState) -> tuple[TrainState, signal.Signals | None]:
+        """Takes the steps of a stage that are left, until asked to stop; the state is saved."""
+        stage, settings, came = part.stage, part.stage.settings, None
+        step = make_step(
+            self.config,
+            part.recipe,
+            self.partition,
+            dtype=settings.dtype,
+            microbatches=settings.microbatches,
+            remat=settings.remat,
+        )
+        first = int(state.step)
+        traced = settings.profiled()
+        if first >= traced.start:  # its beginning is over
+            traced = range(0)
+        with part.pipeline.read(stage.first_row(first)) as rows:
+            batch = rows.next(stage.batch_size(first))
+            for number in range(first + 1, stage.end + 1):
+                if number in traced[:1]:
+                    jax.profiler.start_trace(str(self.run_directory / PROFILE_NAME))
+                began = time.perf_counter()
+                with jax.set_mesh(self.partition.mesh):
+                    state, metrics = step(state, *batch)
+                batch_size = len(batch.tokens_BT)
+                batch = rows.next(stage.batch_size(number))  # while the devices compute
+                record = make_record(number, settings.stage, metrics)
+                record["tokens"] = stage.tokens(number)
+                seconds = time.perf_counter() - began
+                record |= self._speed(part, batch_size, seconds)
+                if number in traced[-1:]:
+                    jax.profiler.stop_trace()
+                if number == stage.end or number % settings.eval_every == 0:
+                    record |= part.evaluation(state.params)
+                    notice(summary(record))
+                require_finite(record, self.run_directory)
+                if self.log is not None:
+                    self.log.write(to_line(record))
+                    self.log.flush()
+                if self.sinks is not None:
+                    self.sinks.write(record)
+                self._judge(stage, number, int(metrics.in_a_row))
+                came = self.asked()
+                self.saver.check()
+                if came or number == stage.end or number % settings.save_every == 0:
+                    self.saver.save(state, settings.keep)
+                self.advance(1, shown=shown(record))
+                if came is not None:
+                    break
+        return state, came
+
+    def _speed(self, part: Part, rows: int, seconds: float) -> dict[str, float]:
+        """How fast a step was, whose metrics have arrived; MFU where the device's peak is known."""
+        length, num_devices = part.stage.settings.length, self.partition.mesh.size
+        speed = rows * length / seconds
+        record = {
+            "tokens_per_second": round(speed, 1),
+            "tokens_per_second_per_device": round(speed / num_devices, 1),
+        }
+        peak = peak_flops(self.partition.mesh.devices.flat[0], part.stage.settings.dtype)
+        if peak is not None:
+            flops = step_flops(self.config, part.recipe.objective, rows, length)
+            record["mfu"] = round(flops / seconds / (num_devices * peak), 4)
+        return record
+
+    def _judge(self, stage: Stage, number: int, in_a_row: int) -> None:
+        """Raises `InputError` if too many steps were skipped."""
+        if in_a_row >= min(stage.settings.most_skipped, stage.settings.steps):
+            raise InputError(
+                f"{self.run_directory}: the loss, the norm of the gradients or that of the weights "
+                f"was not finite or far above its mean in {in_a_row} steps in a row, up to step "
+                f"{number}, see {METRICS_NAME}; a lower learning_rate may help, or a higher spike"
+            )

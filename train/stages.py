@@ -1,0 +1,64 @@
+"""Where in a run each of its stages lies, and which rows of the data a step reads."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from train.settings import Settings
+
+
+class Stage(NamedTuple):
+    """A stage of a run. Steps are numbered through the whole run, from 0."""
+
+    number: int  # from 1
+    settings: Settings
+    first: int  # step
+    first_token: int  # how many the stages before it read
+
+    @property
+    def end(self) -> int:
+        """The step after the last."""
+        return self.first + self.settings.steps
+
+    def batch_size(self, step: int) -> int:
+        """Rows of a step: in the warm-up of the batch size, more and more."""
+        return _batch_size(self.settings, step - self.first)
+
+    def first_row(self, step: int) -> int:
+        """The first row that a step reads; a stage goes on where the one before it stopped.
+
+        Rows are numbered through all epochs, in rows of the stage's length.
+        """
+        return self.first_token // self.settings.length + _rows(self.settings, step - self.first)
+
+    def tokens(self, step: int) -> int:
+        """How many tokens the run has read before a step."""
+        return self.first_token + _rows(self.settings, step - self.first) * self.settings.length
+
+
+def plan_stages(all_settings: Sequence[Settings]) -> list[Stage]:
+    """The stages of a run, one after the other."""
+    stages: list[Stage] = []
+    first, first_token = 0, 0
+    for number, settings in enumerate(all_settings, start=1):
+        stages.append(Stage(number, settings, first, first_token))
+        first += settings.steps
+        first_token = stages[-1].tokens(first)
+    return stages
+
+
+def batch_sizes(settings: Settings) -> list[int]:
+    """The sizes that batches of a stage have, rising."""
+    doublings = (settings.batch_size // settings.smallest_batch).bit_length() - 1
+    return [settings.smallest_batch << number for number in range(doublings + 1)]
+
+
+def _batch_size(settings: Settings, step: int) -> int:
+    sizes, warmup = batch_sizes(settings), settings.batch_warmup_steps
+    return sizes[-1] if step >= warmup else sizes[step * (len(sizes) - 1) // warmup]
+
+
+def _rows(settings: Settings, steps: int) -> int:
+    """How many rows the first steps of a stage read."""
+    warm = min(steps, settings.batch_warmup_steps)
+    in_warmup = sum(_batch_size(settings, step) for step in range(warm))
+    return in_warmup + (steps - warm) * settings.batch_size
