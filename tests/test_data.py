@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,17 @@ def test_rows_are_the_tokens_in_order_whatever_the_shards(data, source, length):
     np.testing.assert_array_equal(backwards.tokens_BT, expected[::-1])
 
 
+def test_many_threads_may_read(tmp_path):
+    """Headers of NumPy's files are Python code, which CPython 3.11 cannot parse in several."""
+    data = prepare_texts(tmp_path / "data", {"a": TEXTS}, shard_tokens=3)
+    expected = all_tokens(data, "train").tolist()
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            tokens = data.tokens("train")
+            parts = pool.map(lambda start, of=tokens: of.read(start, start + 9), range(0, 900, 9))
+            assert np.concatenate(list(parts)).tolist() == expected[:900]
+
+
 def test_the_tokenizer_of_a_model_can_be_used(tmp_path):
     source = Path(deepseek_file).parent
     folder = tmp_path / "model"
@@ -107,6 +119,11 @@ def flip(path):
     path.write_bytes(content)
 
 
+def padded(content):
+    """The same array after a header that is 64 bytes longer."""
+    return content[:8] + bytes([118 + 64]) + content[9:127] + b" " * 64 + content[127:]
+
+
 FAULTS = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-2]),
     "only begun": lambda path: path.write_bytes(path.read_bytes()[:70]),
@@ -114,6 +131,7 @@ FAULTS = {
     "of another dtype": lambda path: np.save(path, np.load(path).astype(np.int16)),
     "of another length": lambda path: np.save(path, np.load(path)[1:]),
     "of objects": lambda path: np.save(path, np.array([{}]), allow_pickle=True),
+    "with another header": lambda path: path.write_bytes(padded(path.read_bytes())),
     "an archive": lambda path: path.write_bytes(b"PK\x03\x04" + bytes(400)),
     "flipped": flip,
     "missing": Path.unlink,
@@ -133,12 +151,15 @@ def test_a_damaged_shard_is_named(data, tmp_path, fault, shard):
 
 def test_much_data_is_compared_by_its_lengths_alone(data, tmp_path, monkeypatch):
     shutil.copytree(data.directory, tmp_path / "data")
-    flip(tmp_path / "data" / "a-train-00001.npy")
+    path = tmp_path / "data" / "a-train-00001.npy"
+    flip(path)
     monkeypatch.setattr("train.data._READ_WHOLE", 2 * data.num_tokens("train"))
     assert Data(tmp_path / "data").digest == data.digest
-    FAULTS["truncated"](tmp_path / "data" / "a-train-00001.npy")
-    with pytest.raises(InputError, match="damaged"):
-        Data(tmp_path / "data")
+    for fault in ("truncated", "with another header", "of another dtype"):
+        shutil.copyfile(data.directory / "a-train-00001.npy", path)
+        FAULTS[fault](path)
+        with pytest.raises(InputError, match="damaged"):
+            Data(tmp_path / "data")
 
 
 def test_a_shard_that_vanishes_while_it_is_read_is_named(data, tmp_path):

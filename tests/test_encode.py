@@ -127,7 +127,7 @@ def test_every_token_fits_on_disk(tmp_path, vocab_size):
     assert [shard.tokens for shard in writer.shards] == [3, 3, 1]
     assert np.load(tmp_path / "a-train-00002.npy").tolist() == [vocab_size - 1]
     shards = [(shard_path(tmp_path, "a", "train", number), 3) for number in range(2)]
-    assert Tokens(shards).read(1, 5).tolist() == [vocab_size - 1] * 4
+    assert Tokens(shards, dtype).read(1, 5).tolist() == [vocab_size - 1] * 4
 
 
 def test_a_disk_that_is_full_is_named_and_leaves_nothing(tmp_path):

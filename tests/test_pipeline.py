@@ -89,6 +89,13 @@ def test_seeds_and_sources_have_orders_of_their_own(data):
     assert rows[0][count:] != rows[2][: 900 - count]
 
 
+def test_sources_of_one_size_are_not_shuffled_alike(tmp_path):
+    sources = {"one": SOURCES["a"], "two": SOURCES["a"]}
+    data = prepare_texts(tmp_path / "data", sources)
+    rows = [Pipeline(data, LENGTH, {name: 1}, 0).batch(0, 100).tokens_BT for name in sources]
+    assert (rows[0] != rows[1]).any(axis=1).mean() > 0.9
+
+
 def test_the_order_of_a_source_does_not_depend_on_the_others(data):
     both = order(Pipeline(data, LENGTH, {"a": 1, "b": 3}, seed=5), data, 0, 400)
     one = order(Pipeline(data, LENGTH, {"a": 1}, seed=5), data, 0, 100)

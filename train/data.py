@@ -145,7 +145,8 @@ class Data:
         """The tokens of a split, of one source or of all, one after the other."""
         sources = self.sources if source is None else (source,)
         return Tokens(
-            [(path, shard.tokens) for each in sources for path, shard in self._shards(split, each)]
+            [(path, shard.tokens) for each in sources for path, shard in self._shards(split, each)],
+            token_dtype(self.vocab_size),
         )
 
     def split(self, name: str, length: int, at_least: int = 1, source: str | None = None) -> Split:

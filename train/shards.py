@@ -15,6 +15,7 @@ from glm5_jax.errors import InputError
 
 SHARD_TOKENS = 2**27  # at most in a file
 _OPEN_SHARDS = 256  # at once, as every one takes up a file descriptor
+_HEADER_BYTES = 128  # of a file; NumPy pads it, so that it can be written again with another length
 
 
 class Shard(NamedTuple):
@@ -94,9 +95,9 @@ class ShardWriter:
         self._held = 0
 
     def _write_header(self, file: BinaryIO) -> None:
-        """The header for what is held; NumPy pads it, so that its length is always the same."""
         described = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._held,)}
         np.lib.format.write_array_header_1_0(file, described)
+        assert file.tell() == _HEADER_BYTES
 
 
 def check_shard(
@@ -108,7 +109,7 @@ def check_shard(
       whole: read all of it; otherwise only its length and dtype are compared.
     """
     try:
-        tokens = _map(path)
+        tokens = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise InputError(f"{path}: missing, expected it as it was prepared") from None
     except ValueError:
@@ -116,6 +117,7 @@ def check_shard(
     if (
         tokens is None
         or (tokens.shape, tokens.dtype) != ((shard.tokens,), dtype)
+        or tokens.offset != _HEADER_BYTES
         or (whole and _digest(path) != shard.sha256)
     ):
         raise InputError(f"{path}: damaged, expected it as it was prepared")
@@ -124,11 +126,12 @@ def check_shard(
 class Tokens:
     """Tokens of shards one after the other, memory-mapped."""
 
-    def __init__(self, shards: Sequence[tuple[Path, int]]):
+    def __init__(self, shards: Sequence[tuple[Path, int]], dtype: "np.dtype[np.unsignedinteger]"):
         """Takes the path of each shard and how many tokens it holds."""
-        self._paths = [path for path, _ in shards]
+        self._shards = shards
+        self._dtype = dtype
         self._ends = list(itertools.accumulate(tokens for _, tokens in shards))
-        self._open = functools.lru_cache(_OPEN_SHARDS)(_map)
+        self._open = functools.lru_cache(_OPEN_SHARDS)(self._map)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -140,13 +143,18 @@ class Tokens:
         while start < stop:
             end = self._ends[number]
             begin = self._ends[number - 1] if number else 0
-            parts.append(self._open(self._paths[number])[start - begin : stop - begin])
+            parts.append(self._open(number)[start - begin : stop - begin])
             start, number = end, number + 1
         return np.concatenate(parts, dtype=np.int32, casting="unsafe")
 
+    def _map(self, number: int) -> np.ndarray:
+        """Opens a shard without parsing its header.
 
-def _map(path: Path) -> np.ndarray:
-    return np.lib.format.open_memmap(path, mode="r")
+        NumPy reads that as Python code, which several threads cannot do at once: CPython 3.11
+        fails with "AST constructor recursion depth mismatch" (its issue 106905).
+        """
+        path, tokens = self._shards[number]
+        return np.memmap(path, self._dtype, "r", offset=_HEADER_BYTES, shape=(tokens,))
 
 
 def _digest(path: Path) -> str:
