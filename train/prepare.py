@@ -24,7 +24,7 @@ def add_prepare(commands: Any) -> None:
         "Tokenize text to train on.\n\n"
         "A file is a document, but of .jsonl, .jsonl.gz and .parquet every line or row is one.\n"
         "Without --text and --source, that is the source of the Python standard library.\n\n"
-        "All sources get one tokenizer, trained on the first 64 MiB of them.",
+        "All sources get one tokenizer, trained on their first 67 million characters.",
     )
     command.add_argument("data", type=Path, metavar="DATA", help="folder to write, must not exist")
     command.add_argument(
