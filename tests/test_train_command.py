@@ -1,4 +1,5 @@
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,9 @@ def finished(workplace):
 def test_every_step_is_recorded(finished):
     records = read_metrics(finished / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 8))
-    assert [record["step"] for record in records if "held_out_loss" in record] == [4, 7]
+    for name in ("held_out_loss", "mtp_acceptance", "index_recall", "expert_loads"):
+        assert [record["step"] for record in records if name in record] == [4, 7]
+    assert len(records[-1]["index_recall"]) == 5, "with the MTP layer"
     for record in records:
         assert len(record["mtp_losses"]) == 1 and record["tokens_per_second"] > 0
         assert np.isfinite(record["loss"]) and record["gradient_norm"] > 0
@@ -82,7 +85,9 @@ def test_a_checkpoint_is_a_model_that_generates_text(finished, capsys):
 def test_the_next_stage_starts_with_the_weights_of_the_last(workplace, finished, capsys):
     run, last = workplace / "warmup", finished / "step-000007"
     assert train(workplace, run, 2, "--stage", "warmup", "--from", str(last)) == 0
-    assert ", indexers " in capsys.readouterr().err
+    assert re.search(
+        r", indexers .*, recall 0\.\d\d, accepted [01]\.\d\d, ", capsys.readouterr().err
+    )
     before, after = (
         leaves_by_path(restore_checkpoint(path)) for path in (last, run / "step-000002")
     )

@@ -1,7 +1,7 @@
 """What a model makes of held-out text."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -46,40 +46,13 @@ class Evaluation:
         self._num_rows = min(settings.eval_rows, self._rows.num_rows)
         self._batch_size = settings.batch_size // settings.microbatches
         self._bytes_per_token = data.bytes_per_token("held_out")
-        self._evaluate = _make_evaluate(config, objective, partition, settings.dtype)
+        self._evaluate = make_evaluate(config, objective, partition, settings.dtype)
 
     def __call__(self, params: Params) -> dict[str, Any]:
-        """The numbers of a record, of the model as it attends in the stage.
-
-        Returns:
-          held_out_loss: nats per token.
-          bits_per_byte: of text; no tokenizer changes it.
-          held_out_mtp_losses: by depth, nats per token.
-          mtp_acceptance: by depth, the share of the tokens of that loss from which so many can be
-            drafted and all be the model's own choice: the likeliest token of each depth up to this
-            one is the likeliest of the main model there. Both read the text, where a drafting model
-            reads its drafts.
-          index_recall: by layer, and then of the MTP layer over all its depths, how much of the
-            attention to all visible tokens those get that the indexer selects which serves the
-            layer: the mean over heads, and over queries that see more tokens than are selected.
-            Empty where none do.
-          expert_loads: by layer with experts, and then of the MTP layer over all its depths, each
-            expert's share of what the tokens chose.
-        """
-        batches = [jax.device_get(self._evaluate(params, *batch)) for batch in self._batches()]
-        sums = jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *batches)
-        loss, *ahead = map(_mean, sums.nats, sums.num_tokens)
-        recalls = [each for each in sums.recalls if each.num_queries]
-        return {
-            "held_out_loss": loss,
-            "bits_per_byte": loss / math.log(2) / self._bytes_per_token,
-            "held_out_mtp_losses": ahead,
-            "mtp_acceptance": list(map(_mean, sums.accepted, sums.num_tokens[1:])),
-            "index_recall": [_mean(*each) for each in recalls],
-            "expert_loads": [
-                (load_E / max(1, load_E.sum())).round(5).tolist() for load_E in sums.loads
-            ],
-        }
+        """What `measured` gives, and bits per byte of text, which no tokenizer changes."""
+        numbers = measured(self._evaluate(params, *batch) for batch in self._batches())
+        bits = numbers["held_out_loss"] / math.log(2) / self._bytes_per_token
+        return numbers | {"bits_per_byte": bits}
 
     def _batches(self) -> Iterator[Batch]:
         """The rows, and rows of padding that fill up the last batch: one shape, compiled once."""
@@ -89,12 +62,7 @@ class Evaluation:
             yield Batch(*(np.pad(part_BT, ((0, missing), (0, 0))) for part_BT in batch))
 
 
-def _mean(summed: Any, count: Any) -> float:
-    """Of nothing it is 0, as in training."""
-    return float(summed / max(1, count))
-
-
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
     """Over the tokens of a batch, on all devices."""
 
     nats: list[jax.Array]  # of the next token, then by depth of MTP
@@ -104,9 +72,43 @@ class _Sums(NamedTuple):
     recalls: list[Recall]  # by layer
 
 
-def _make_evaluate(
+def measured(batches: Iterable[Sums]) -> dict[str, Any]:
+    """The numbers of a record, of the model as it attends in the stage.
+
+    Returns:
+      held_out_loss: nats per token.
+      held_out_mtp_losses: by depth, nats per token.
+      mtp_acceptance: by depth, the share of the tokens of that loss from which so many can be
+        drafted that are all the model's own choice: the likeliest token of each depth up to this
+        one is the likeliest of the main model there. At every depth both read the text, where a
+        drafting model reads its drafts.
+      index_recall: by layer, and then of the MTP layer over all its depths, how much of the
+        attention to all visible tokens those get that the indexer which serves the layer selects:
+        the mean over heads, and over queries that see more tokens than are selected. Empty where
+        none do.
+      expert_loads: by layer with experts, and then of the MTP layer over all its depths, each
+        expert's share of what the tokens chose.
+    """
+    on_host = map(jax.device_get, batches)
+    sums = jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *on_host)
+    loss, *ahead = map(_mean, sums.nats, sums.num_tokens)
+    return {
+        "held_out_loss": loss,
+        "held_out_mtp_losses": ahead,
+        "mtp_acceptance": list(map(_mean, sums.accepted, sums.num_tokens[1:])),
+        "index_recall": [_mean(*each) for each in sums.recalls if each.num_queries],
+        "expert_loads": [(load_E / max(1, sum(load_E))).round(5).tolist() for load_E in sums.loads],
+    }
+
+
+def _mean(summed: Any, count: Any) -> float:
+    """Of nothing it is 0, as in training."""
+    return float(summed / max(1, count))
+
+
+def make_evaluate(
     config: Config, objective: Objective, partition: Partition, dtype: str
-) -> Callable[[Params, np.ndarray, np.ndarray], _Sums]:
+) -> Callable[[Params, np.ndarray, np.ndarray], Sums]:
     """Compiles `evaluate(params, tokens_BT, segment_BT)`."""
     options: dict[str, Any] = {
         "rules": partition.rules,
@@ -114,7 +116,7 @@ def _make_evaluate(
         "measure_recall": True,
     }
 
-    def evaluate(params: Params, tokens_BT: jax.Array, segment_BT: jax.Array) -> _Sums:
+    def evaluate(params: Params, tokens_BT: jax.Array, segment_BT: jax.Array) -> Sums:
         tokens_BT, segment_BT = (share(each, BATCH, 0) for each in (tokens_BT, segment_BT))
         model, places = assemble(config, params, dtype), Places.packed(segment_BT)
         output = forward(model, tokens_BT, places, observe=_seen, **options)
@@ -129,7 +131,7 @@ def _make_evaluate(
         recalls = [recall for _, recall in seen if recall is not None]
         hiddens = [output.hidden_BTD, *(hidden_BTD for hidden_BTD, _ in ahead)]
         predicted = _predicted(model, hiddens, tokens_BT, places, partition.rules)
-        return _Sums(*predicted, total(loads, BATCH), total(recalls, MESH_AXES))
+        return Sums(*predicted, total(loads, BATCH), total(recalls, MESH_AXES))
 
     specs, equal = leaves_by_path(partition.specs(Glm5(config))), PartitionSpec()
     return jax.jit(partition.on_shards(evaluate, (specs, equal, equal), equal))
@@ -142,7 +144,7 @@ def _seen(report: Report) -> tuple[jax.Array | None, Recall | None]:
 def _predicted(
     model: Glm5, hiddens: list[jax.Array], tokens_BT: jax.Array, places: Places, rules: Rules
 ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
-    """The nats, tokens and accepted drafts of `_Sums`.
+    """The nats, tokens and accepted drafts of `Sums`.
 
     Row i of depth d drafts the token after token i + d, of which row i + d of the main model is.
     """

@@ -53,8 +53,11 @@ def select(scores: np.ndarray, count: int) -> np.ndarray:
 class Layer:
     """One decoder layer; `run` takes a whole sequence and returns it with its selections."""
 
+    attends_to_all = False  # whatever is selected
+
     def __init__(self, w: Weights, prefix: str, config: dict[str, Any], full: bool, moe: bool):
         self.w = {name[len(prefix) :]: x for name, x in w.items() if name.startswith(prefix)}
+        self.prefix = prefix
         self.config = config
         self.full = full
         self.moe = moe
@@ -101,14 +104,20 @@ class Layer:
             query = (w["self_attn.q_b_proj.weight"] @ latent).reshape(heads, nope + rope)
             query[:, nope:] = rotate(query[:, nope:], positions[t], theta)
             out = np.zeros((heads, value))
+            attended_to = range(t + 1) if self.attends_to_all else selections[t]
             for head in range(heads):
-                scores = [query[head] @ keys[s][head] for s in selections[t]]
-                probs = softmax(np.array(scores) * (nope + rope) ** -0.5)
+                scores = np.array([query[head] @ keys[s][head] for s in range(t + 1)])
+                scores = scores * (nope + rope) ** -0.5
+                self.watch(t, softmax(scores), selections[t])
+                probs = softmax(scores[attended_to])
                 out[head] = sum(
-                    p * values[s][head] for p, s in zip(probs, selections[t], strict=True)
+                    p * values[s][head] for p, s in zip(probs, attended_to, strict=True)
                 )
             outputs.append(w["self_attn.o_proj.weight"] @ out.reshape(-1))
         return np.stack(outputs), selections
+
+    def watch(self, t: int, probs: np.ndarray, selection: np.ndarray) -> None:
+        """Told of every head what it pays to all tokens up to t, and which are selected."""
 
     def index(
         self, xs: list[np.ndarray], latents: list[np.ndarray], positions: np.ndarray
