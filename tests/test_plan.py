@@ -82,6 +82,13 @@ def test_gpus_of_several_hosts_meet_over_the_network():
     assert topology.bandwidth(devices[::8]) == chip.network_bandwidth
 
 
+@pytest.mark.standard_promotion
+def test_temporaries_of_training_hold_the_gradients(capsys):
+    work = ["--job", "train", "--batch", "8", "--context", "256"]
+    found = plan(capsys, "demo", "--topology", "h100:1", *work)
+    assert found["compiled"]["temporaries"] > found["memory"]["weights"]
+
+
 def test_a_context_need_not_be_a_multiple_of_anything(capsys):
     mesh = ["--mesh", "data=2,model=4", "--batch", "16", "--context", "501"]
     assert plan(capsys, "demo", "--topology", "h100:8", *mesh)["fits"]

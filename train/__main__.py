@@ -12,10 +12,10 @@ from typing import Any
 
 from glm5_jax.commands.arguments import add_mesh, integer, non_negative, partition_for
 from glm5_jax.console import add_command, command_parser, run_command
-from glm5_jax.errors import InputError
 from glm5_jax.processes import add_processes, one_program
+from train.planning import add_plan
 from train.prepare import add_prepare
-from train.run_file import READY, RunFile, make_settings, read_run_file
+from train.run_file import READY, RunFile, config_of, make_settings, read_run_file
 from train.settings import Settings
 
 
@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     parser, commands = command_parser("glm5-train", "Pretrains small GLM-5 models.")
     add_prepare(commands)
+    add_plan(commands)
     _add_run(commands)
     command = add_command(
         commands, "report", _report, "Draw the losses of a run and sum it up in a few lines."
@@ -119,19 +120,10 @@ def _train(args: argparse.Namespace) -> int:
     file = RunFile(None, ({},)) if args.file is None else read_run_file(args.file)
     options = {field.name for field in dataclasses.fields(Settings)} & given.keys()
     stages = make_settings(file.stages, {name: given[name] for name in options})
-    config = args.config or file.config
-    if config is None:
-        raise InputError("there is no config, expected --config, or one in the run file")
-
-    from glm5_jax.config_json import read_config
-    from glm5_jax.presets import PRESETS, load_preset
     from train.data import Data
     from train.run import train
 
-    is_preset, path = config in PRESETS, Path(config)
-    if not is_preset and not path.exists():
-        raise InputError(f"{path}: is neither a file nor one of the presets {', '.join(PRESETS)}")
-    published = load_preset(config) if is_preset else read_config(path)
+    published = config_of(args.config or file.config)
     data = Data(args.data)
     batch = math.gcd(*(settings.smallest_batch for settings in stages))
     partition = partition_for(published.config, args.mesh, "train", batch)

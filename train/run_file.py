@@ -7,10 +7,13 @@ import dataclasses
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from glm5_jax.errors import InputError
 from train.settings import Settings
+
+if TYPE_CHECKING:
+    from glm5_jax.config_json import PublishedConfig
 
 _FOLDER = Path(__file__).parent / "runs"
 READY = tuple(sorted(path.stem for path in _FOLDER.glob("*.toml")))
@@ -57,6 +60,24 @@ def read_run_file(name: str) -> RunFile:
             for number, stage in enumerate(stages, start=1)
         ),
     )
+
+
+def config_of(name: str | None) -> "PublishedConfig":
+    """The config that a run file or an option names.
+
+    Raises:
+      InputError: there is none.
+    """
+    from glm5_jax.config_json import read_config
+    from glm5_jax.presets import PRESETS, load_preset
+
+    if name is None:
+        raise InputError("there is no config, expected --config, or one in the run file")
+    if name in PRESETS:
+        return load_preset(name)
+    if not Path(name).is_file():
+        raise InputError(f"{name}: is neither a file nor one of the presets {', '.join(PRESETS)}")
+    return read_config(Path(name))
 
 
 def make_settings(stages: tuple[dict[str, Any], ...], given: Mapping[str, Any]) -> list[Settings]:

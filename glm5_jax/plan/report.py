@@ -127,7 +127,11 @@ def compile_plan(plan: Plan, traced: Any, topology: Topology) -> Plan:
             stats = program.lower().compile().memory_analysis()
         # Arguments that the step does not use stay in memory, but are none of the program's.
         unused = max(0.0, plan.arguments - topology.chip.devices * stats.argument_size_in_bytes)
-        peak = topology.chip.devices * stats.peak_memory_in_bytes + unused
+        peak_of_device = stats.peak_memory_in_bytes
+        if topology.platform != "tpu":  # XLA leaves temporaries out of the peak that it has for CPU
+            peak_of_device = stats.argument_size_in_bytes + stats.temp_size_in_bytes
+            peak_of_device += stats.output_size_in_bytes - stats.alias_size_in_bytes
+        peak = topology.chip.devices * peak_of_device + unused
         found: dict[str, Any] = {"peak": peak, "fits": peak <= plan.limit, "reason": None}
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
