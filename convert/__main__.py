@@ -40,6 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument(
         "--shard-size", type=_size, default="5GB", metavar="SIZE", help="largest file"
     )
+    command.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        help="round weights to it, but for router biases (default: as they are)",
+    )
     command = add_command(
         commands,
         "check",
@@ -92,7 +97,7 @@ def _to_hf(args: argparse.Namespace) -> int:
     _require_directory(args.source)
     if not is_native(args.source):
         raise InputError(f"{args.source}: has no {PARAMS_NAME}, expected a native checkpoint")
-    done = to_published(args.source, args.destination, args.shard_size)
+    done = to_published(args.source, args.destination, args.shard_size, args.dtype)
     print(f"{args.destination}: {done.num_tensors} tensors, {done.num_bytes:,} bytes")
     return 0
 

@@ -17,6 +17,7 @@ from glm5_jax.chunks import Layout
 from glm5_jax.commands.arguments import report_unknown_keys
 from glm5_jax.console import Advance, notice, progress
 from glm5_jax.errors import InputError
+from glm5_jax.params import leaf_dtype
 from glm5_jax.published.names import published_tensors
 from glm5_jax.published.native import NativeSource
 from glm5_jax.published.slices import slices
@@ -77,18 +78,27 @@ def from_published(
     return Converted(len(tensors), total)
 
 
-def to_published(directory: Path, destination: Path, shard_bytes: int) -> Converted:
+def to_published(
+    directory: Path,
+    destination: Path,
+    shard_bytes: int,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> Converted:
     """Converts a native checkpoint to the published layout.
 
     Args:
       shard_bytes: the largest size of a file; a checkpoint that is no larger is a single file.
+      dtype: to round weights to, but for those that are pinned to another; theirs unless given.
 
     Raises:
       InputError: the source is not a whole, sound checkpoint, or the destination exists.
     """
     _check_destination(destination, directory)
     with contextlib.closing(NativeSource(directory)) as source:
-        entries = [Entry(name, *stored) for name, stored in source.tensors().items()]
+        entries = [
+            Entry(name, stored.shape, _dtype_in(source, name, dtype) if dtype else stored.dtype)
+            for name, stored in source.tensors().items()
+        ]
         shards = split_shards(entries, shard_bytes)
         total = sum(entry.num_bytes for entry in entries)
         with (
@@ -103,6 +113,7 @@ def to_published(directory: Path, destination: Path, shard_bytes: int) -> Conver
                     done += 1
                     for start, stop in source.blocks(entry.name):
                         part = source.read(entry.name, start, stop)
+                        part = part.astype(entry.dtype, copy=False)
                         yield part
                         advance(part.nbytes, done=done)
 
@@ -110,8 +121,17 @@ def to_published(directory: Path, destination: Path, shard_bytes: int) -> Conver
                 write_file(partial / name, shard, rows(shard))
             if len(shards) > 1:
                 write_index(partial, shards)
-            write_text_files(partial, source.raw_config, directory)
+            config = source.raw_config
+            if dtype:  # which older files name otherwise
+                config = {key: value for key, value in config.items() if key != "torch_dtype"}
+                config["dtype"] = jnp.dtype(dtype).name
+            write_text_files(partial, config, directory)
     return Converted(len(entries), total)
+
+
+def _dtype_in(source: NativeSource, name: str, dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype of a tensor in a model of another dtype than that of the source."""
+    return leaf_dtype(source.spec(name), dtype)
 
 
 def _check_destination(destination: Path, source: Path) -> None:

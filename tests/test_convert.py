@@ -57,6 +57,19 @@ def test_tensors_come_back_byte_for_byte_under_their_names(tmp_path, raw, dtype)
     assert json.loads((back / "config.json").read_text()) == raw
 
 
+def test_weights_can_be_rounded_on_their_way_out(tmp_path):
+    weights = random_weights(TINY)
+    back = there_and_back(
+        tmp_path, write_published(tmp_path / "source", TINY, weights), "--dtype", "bfloat16"
+    )
+    assert json.loads((back / "config.json").read_text()) == TINY | {"dtype": "bfloat16"}
+    rounded = {
+        name: w if name.endswith("e_score_correction_bias") else w.astype(jnp.bfloat16)
+        for name, w in weights.items()
+    }
+    assert tensor_bytes(back) == tensor_bytes(write_published(tmp_path / "rounded", TINY, rounded))
+
+
 def test_leaves_in_several_chunks_come_back_too(tmp_path, monkeypatch):
     monkeypatch.setattr(chunks, "_CHUNK_BYTES", 3000)
     source = write_published(tmp_path / "source", GROUPED, random_weights(GROUPED))

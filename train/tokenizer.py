@@ -8,6 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"  # token 0: ends every document, and pads
 
+# Of a model that has read texts and no conversations: a chat is a text that it goes on with.
+_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     """Trains a tokenizer that can encode any text and decodes it exactly."""
@@ -34,3 +37,4 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "chat_template.jinja").write_text(_TEMPLATE)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from glm5_jax.console import notice
 from glm5_jax.coordination import require_same
 from glm5_jax.errors import InputError
+from glm5_jax.models import SHIPPED, shipped
 
 if TYPE_CHECKING:
     from glm5_jax.config import Config
@@ -56,10 +57,11 @@ def add_model(command: argparse.ArgumentParser) -> None:
     """Adds the arguments that `load` reads."""
     command.add_argument(
         "--model",
-        type=Path,
+        type=_model_directory,
         required=True,
         metavar="DIR",
-        help="a native checkpoint or a published directory",
+        help="a native checkpoint or a published directory, or a model that comes along: "
+        + ", ".join(SHIPPED),
     )
     command.add_argument(
         "--dtype",
@@ -67,6 +69,11 @@ def add_model(command: argparse.ArgumentParser) -> None:
         help="of weights and activations (default: that of the checkpoint; float32 for float16)",
     )
     add_mesh(command)
+
+
+def _model_directory(name: str) -> Path:
+    """The folder of that name, or of the model of that name."""
+    return shipped(name) if name in SHIPPED and not Path(name).exists() else Path(name)
 
 
 def read_config_of(name: str) -> "Config":

@@ -8,7 +8,7 @@ import numpy as np
 from glm5_jax.checkpoint import CONFIG_NAME, PARAMS_NAME, check_leaves
 from glm5_jax.config_json import read_config
 from glm5_jax.model import Glm5
-from glm5_jax.params import leaves_by_path
+from glm5_jax.params import ParamSpec, leaves_by_path
 from glm5_jax.published.names import published_tensors
 from glm5_jax.published.slices import slices
 from glm5_jax.published.source import Stored
@@ -30,7 +30,8 @@ class NativeSource:
         self.raw_config = published.raw
         self.unknown_keys = published.unknown_keys
         self._reader = TreeReader(directory / PARAMS_NAME)
-        check_leaves(self._reader, leaves_by_path(Glm5(self.config)))
+        self._specs = leaves_by_path(Glm5(self.config))
+        check_leaves(self._reader, self._specs)
         self._tensors = {tensor.name: tensor for tensor in published_tensors(self.config)}
 
     def tensors(self) -> dict[str, Stored]:
@@ -39,6 +40,10 @@ class NativeSource:
             name: Stored(tensor.shape, self._reader.leaves[tensor.leaf].dtype)
             for name, tensor in self._tensors.items()
         }
+
+    def spec(self, name: str) -> ParamSpec:
+        """The declaration of the weight that a tensor is a part of."""
+        return self._specs[self._tensors[name].leaf]
 
     def is_float8(self, name: str) -> bool:
         """Whether a tensor is float8 with scales: none is."""
