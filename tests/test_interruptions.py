@@ -1,7 +1,9 @@
 """A run that ends before its last step, however it does, goes on as if it had not."""
 
+import fcntl
 import json
 import multiprocessing
+import os
 import random
 import re
 import shutil
@@ -227,12 +229,13 @@ def test_other_data_are_refused(workplace, whole, tmp_path, capsys):
 
 
 def test_two_processes_do_not_train_one_run(workplace, whole, tmp_path, capsys):
-    import fcntl
-
     run = copy(whole, tmp_path / "run", 10)
-    with (run / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
         assert main(command(workplace, run)) == 2
+    finally:
+        os.close(folder)
     assert "another process is training this run" in capsys.readouterr().err
     assert sorted(path.name for path in run.glob("step-*")) == ["step-000010"]
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import time
 
 import numpy as np
 import openai
@@ -182,6 +183,25 @@ def test_a_run_goes_on_with_other_processes_and_meshes(workplace):
     require_equal_runs(together, alone)
 
 
+@pytest.mark.slow
+def test_a_signal_to_one_process_ends_a_run_in_all_after_the_same_step(workplace):
+    run = workplace / "signalled"
+    command = training(workplace, run, "data=8")
+    command[command.index("--steps") + 1] = command[command.index("--save-every") + 1] = "100000"
+    with started_together(("train", *command), ("train", *command)) as processes:
+        metrics = run / "metrics.jsonl"
+        while not metrics.exists() or not metrics.read_text():
+            assert processes[0].poll() is None
+            time.sleep(0.05)
+        processes[1].send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    (saved,) = run.glob("step-*")
+    assert f"{saved}: stopped by SIGTERM after " in outputs[0][0] and not outputs[1][0]
+    assert read_metrics(metrics)[-1]["step"] == int(saved.name.removeprefix("step-"))
+    restore_checkpoint(saved)
+
+
 def require_equal_runs(run, other):
     """The same metrics of every step, and a last checkpoint that is whole.
 
@@ -191,7 +211,8 @@ def require_equal_runs(run, other):
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     for record, one in zip(records, expected, strict=True):
         assert record.keys() == one.keys()
-        for name in record.keys() - {"tokens_per_second"}:
+        assert record.pop("stage") == one.pop("stage") == "sparse"
+        for name in record.keys() - {"tokens_per_second", "tokens_per_second_per_device"}:
             np.testing.assert_allclose(record[name], one[name], rtol=1e-5, atol=1e-8, err_msg=name)
     restore_checkpoint(run / "step-000004")
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,6 @@ from glm5_jax.strict_json import read_json
 from train.settings import Settings
 
 RUN_NAME = "run.json"
-_LOCK_NAME = ".lock"
 
 
 def describe(
@@ -51,11 +51,7 @@ def claimed(run: Path, description: dict[str, Any], accept_changes: bool) -> Ite
             _write(directory / RUN_NAME, description)
     if not (run / RUN_NAME).exists():
         raise InputError(f"{run}: exists already and is not a run, expected a new name")
-    with (run / _LOCK_NAME).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{run}: another process is training this run") from None
+    with _locked(run):
         changes = _changes(read_json(run / RUN_NAME), description, run / RUN_NAME)
         if changes and not accept_changes:
             raise InputError(
@@ -69,6 +65,19 @@ def claimed(run: Path, description: dict[str, Any], accept_changes: bool) -> Ite
         for unfinished in run.glob(".*.partial-*"):
             shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
         yield
+
+
+@contextlib.contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """Holds a lock on the folder itself, which ends with the process however that ends."""
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise InputError(f"{run}: another process is training this run") from None
+    finally:
+        os.close(folder)
 
 
 def _write(path: Path, description: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from train.state import assemble
 
 
 class Evaluation:
-    """Scores the first rows of the held-out text."""
+    """Scores rows of the held-out text."""
 
     def __init__(
         self,
@@ -37,13 +37,14 @@ class Evaluation:
         settings: Settings,
         partition: Partition,
     ):
-        """Takes `eval_rows` rows, or as many as there are.
+        """Takes `eval_rows` rows, spread over all there are, or as many as there are.
 
         Raises:
           InputError: there is not one.
         """
         self._rows = data.split("held_out", settings.length, at_least=1)
-        self._num_rows = min(settings.eval_rows, self._rows.num_rows)
+        count = min(settings.eval_rows, self._rows.num_rows)
+        self._numbers = [number * self._rows.num_rows // count for number in range(count)]
         self._batch_size = settings.batch_size // settings.microbatches
         self._bytes_per_token = data.bytes_per_token("held_out")
         self._evaluate = make_evaluate(config, objective, partition, settings.dtype)
@@ -56,8 +57,8 @@ class Evaluation:
 
     def _batches(self) -> Iterator[Batch]:
         """The rows, and rows of padding that fill up the last batch: one shape, compiled once."""
-        for first in range(0, self._num_rows, self._batch_size):
-            batch = self._rows.rows(range(first, min(first + self._batch_size, self._num_rows)))
+        for first in range(0, len(self._numbers), self._batch_size):
+            batch = self._rows.rows(self._numbers[first : first + self._batch_size])
             missing = self._batch_size - len(batch.tokens_BT)
             yield Batch(*(np.pad(part_BT, ((0, missing), (0, 0))) for part_BT in batch))
 
