@@ -6,15 +6,14 @@ build/demo.
 
 import argparse
 import json
-import shlex
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.commands import NAMES, run_command
 from benchmarks.output import describe_machine
 from train.data import Data
 
@@ -35,18 +34,10 @@ class Demo:
 
     def run(self, module: str, *arguments: object) -> str:
         """Runs a command; returns what it printed, having shown it."""
-        command = {"glm5_jax": "glm5", "train": "glm5-train", "convert": "glm5-convert"}[module]
-        words = [str(argument) for argument in arguments]
-        print(f"\n$ {command} {shlex.join(words)}", flush=True)
         began = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", module, *words], stdout=subprocess.PIPE, text=True, check=False
-        )
-        self.seconds[f"{command} {words[0]}"] = time.perf_counter() - began
-        print(done.stdout, end="", flush=True)
-        if done.returncode:
-            sys.exit(f"demo: {command} {words[0]} ended with status {done.returncode}")
-        return done.stdout
+        printed = run_command(module, *arguments)
+        self.seconds[f"{NAMES[module]} {arguments[0]}"] = time.perf_counter() - began
+        return printed
 
 
 def main(arguments: list[str] | None = None) -> int:
