@@ -8,6 +8,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,19 @@ _NEW_TOKENS, _PROMPTS, _ROUNDS = 96, 8, 3
 _WAYS = {"greedy": Sampling(), "temperature 0.7": Sampling(temperature=0.7, top_p=0.95)}
 
 
-def code_prompts(data: Path) -> list[list[int]]:
+def make_engines(directory: Path, counts: Sequence[int]) -> dict[int, Engine]:
+    """Engines of a model, by the number of drafts."""
+    num_tokens, model = Tokenizer(directory).num_tokens, load_model(directory)
+    return {
+        drafts: Engine(model, slots=1, context=1024, num_tokens=num_tokens, draft_tokens=drafts)
+        for drafts in counts
+    }
+
+
+def code_prompts(data: Path, count: int = _PROMPTS) -> list[list[int]]:
     """Pieces of code that the model was not trained on."""
     tokens = Data(data).tokens("held_out")
-    starts = np.linspace(0, len(tokens) - 200, _PROMPTS).astype(int)
+    starts = np.linspace(0, len(tokens) - 200, count).astype(int)
     return [tokens.read(start, start + 128).tolist() for start in starts]
 
 
@@ -61,12 +71,15 @@ def finish(
     return texts, time.perf_counter() - begun
 
 
-def measure(
+def tokens_per_step(
     engines: dict[int, Engine], prompts: list[list[int]], way: Sampling
-) -> list[dict[str, Any]]:
-    """Every number of drafts in turn, several times; the texts must be the same."""
-    seconds: dict[int, list[float]] = {drafts: [] for drafts in engines}
-    rows, plain = [], finish(engines[0], prompts, way)[0]
+) -> dict[int, float]:
+    """By the number of drafts, how many tokens a step of the main model brings.
+
+    Raises:
+      SystemExit: the texts are not the same as without drafts.
+    """
+    plain = finish(engines[0], prompts, way)[0]
     gained = {}
     for drafts, engine in engines.items():
         before = engine.statistics()
@@ -76,6 +89,15 @@ def measure(
         after = engine.statistics()
         steps = after.work.main_steps - before.work.main_steps
         gained[drafts] = (after.generated_tokens - before.generated_tokens) / steps
+    return gained
+
+
+def measure(
+    engines: dict[int, Engine], prompts: list[list[int]], way: Sampling
+) -> list[dict[str, Any]]:
+    """Every number of drafts in turn, several times; the texts must be the same."""
+    seconds: dict[int, list[float]] = {drafts: [] for drafts in engines}
+    rows, gained = [], tokens_per_step(engines, prompts, way)
     for _ in range(_ROUNDS):
         for drafts, engine in engines.items():
             seconds[drafts].append(finish(engine, prompts, way)[1])
@@ -100,13 +122,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=Path("build/demo/data"))
     parser.add_argument("--results", type=Path, help="folder to write to")
     args = parser.parse_args()
-    tokenizer, model = Tokenizer(args.model), load_model(args.model)
-    engines = {
-        drafts: Engine(
-            model, slots=1, context=1024, num_tokens=tokenizer.num_tokens, draft_tokens=drafts
-        )
-        for drafts in _DRAFTS
-    }
+    tokenizer, engines = Tokenizer(args.model), make_engines(args.model, _DRAFTS)
     rows = []
     lines = [
         "| text | drawn | " + " | ".join(f"{drafts} drafts" for drafts in _DRAFTS) + " |",
