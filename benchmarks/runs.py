@@ -1,0 +1,140 @@
+"""Training runs that benchmarks compare: made once, and read again from their folder."""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.commands import run_command
+from benchmarks.output import write_results
+from train.checkpoint import path_of
+from train.metrics import METRICS_NAME, read_metrics
+
+Record = dict[str, Any]
+
+VOCAB_SIZE = 2048
+# Of runs whose learning rate falls to a tenth of its highest.
+SETTINGS: dict[str, object] = {
+    "config": "demo",
+    "batch_size": 4,
+    "length": 512,
+    "warmup_steps": 30,
+    "balance_rate": 0.01,
+    "eval_rows": 128,
+    "keep": 1,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that has come to its end."""
+
+    directory: Path
+    records: list[Record]
+
+    @property
+    def evaluations(self) -> list[Record]:
+        """The records of steps after which held-out text was scored."""
+        return [record for record in self.records if "held_out_loss" in record]
+
+    @property
+    def checkpoint(self) -> Path:
+        """The last one."""
+        return path_of(self.directory, self.records[-1]["step"])
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The median, of steps that all read as many tokens."""
+        tokens = self.records[0]["tokens"]
+        return tokens / statistics.median(record["tokens_per_second"] for record in self.records)
+
+
+class Workplace:
+    """A folder of data and runs; what is finished there is not done again."""
+
+    def __init__(self, folder: Path, max_bytes: int | None):
+        """Tokenizes the Python standard library, if that is not done.
+
+        Args:
+          max_bytes: of it to use at most.
+        """
+        self.folder, self.data = folder, folder / "data"
+        if not self.data.exists():
+            limit = () if max_bytes is None else ("--max-bytes", max_bytes)
+            run_command("train", "prepare", self.data, "--vocab-size", VOCAB_SIZE, *limit)
+
+    def train(self, name: str, *options: str, **settings: object) -> Run:
+        """Trains the run of a name with options and settings, or goes on training it."""
+        directory = self.folder / name
+        begun, before = time.perf_counter(), _steps(directory)
+        words = [word for key, value in settings.items() for word in (_option(key), value)]
+        try:
+            run_command("train", "run", self.data, directory, *options, *words)
+        finally:
+            if _steps(directory) != before:
+                seconds = self.seconds(name) + time.perf_counter() - begun
+                self._clock(name).write_text(f"{seconds:.1f}\n")
+        return Run(directory, read_metrics(directory / METRICS_NAME))
+
+    def seconds(self, name: str) -> float:
+        """How long the run of a name took, in all the commands that took its steps."""
+        clock = self._clock(name)
+        return float(clock.read_text()) if clock.exists() else 0.0
+
+    def _clock(self, name: str) -> Path:
+        return self.folder / f"{name}.seconds"
+
+
+def _option(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
+def _steps(directory: Path) -> int:
+    metrics = directory / METRICS_NAME
+    return len(read_metrics(metrics)) if metrics.exists() else 0
+
+
+def command_parser(meaning: str | None) -> argparse.ArgumentParser:
+    """The options that all these benchmarks have."""
+    parser = argparse.ArgumentParser(
+        description=meaning, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/training"), help="of runs, kept between calls"
+    )
+    parser.add_argument("--max-bytes", type=int, help="of text")
+    parser.add_argument("--results", type=Path, help="folder to write to")
+    return parser
+
+
+def publish(
+    results: Path | None,
+    name: str,
+    rows: list[dict[str, Any]],
+    lines: list[str],
+    draw: Callable[[Path], None],
+) -> None:
+    """Prints the lines, and writes them, the rows and a picture to the folder if there is one."""
+    print("\n".join(["", *lines]), flush=True)
+    if results is not None:
+        command = f"python -m benchmarks.{name} --results benchmarks/results"
+        write_results(results, name, command, rows, lines)
+        draw(results / f"{name}.png")
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of Markdown."""
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def new_figure(panels: int) -> tuple[Any, Any]:
+    """A picture without a window, and its axes side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(1, panels, figsize=(5.5 * panels, 4), layout="constrained")
