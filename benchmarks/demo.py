@@ -91,16 +91,7 @@ def _train(demo: Demo, steps: int, max_bytes: int) -> Path:
     """Tokenizes the standard library and trains on it; returns the last checkpoint."""
     data, run = demo.folder / "data", demo.folder / "run"
     demo.run("train", "prepare", data, "--max-bytes", max_bytes, "--vocab-size", 2048)
-    options = {
-        "--config": "demo",
-        "--steps": steps,
-        "--batch-size": 4,
-        "--learning-rate": 3e-3,
-        "--warmup-steps": 20,
-        "--balance-rate": 0.01,
-        "--keep": 1,
-    }
-    demo.run("train", "run", data, run, *(word for pair in options.items() for word in pair))
+    demo.run("train", "run", data, run, "--file", "demo", "--steps", steps)
     return run / f"step-{steps:06d}"
 
 
