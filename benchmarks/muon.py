@@ -74,8 +74,8 @@ def compare(best: dict[str, dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Trains, prints and writes."""
     parser = command_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=300, help="of training")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--steps", type=int, default=200, help="of training")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--adamw-rates", type=float, nargs="+", default=[3e-3, 6e-3])
     parser.add_argument("--muon-rates", type=float, nargs="+", default=[3e-3, 1e-2])
     args = parser.parse_args(arguments)
