@@ -1,4 +1,4 @@
-"""The small model that comes along, `glm5 generate --model tiny`: published from a run, with a card.
+"""The model that comes along, `glm5 generate --model tiny`: published from a run, with a card.
 
 `python -m benchmarks.ship --folder build/training`, after `benchmarks.cpu_small` there.
 """
@@ -17,13 +17,13 @@ from train.metrics import METRICS_NAME, read_metrics
 
 _CARD = """# {name}
 
-A GLM-5 of {parameters:,} parameters that completes Python, for trying things out and for tests: dense and MoE layers, a
-sparse-attention indexer and layers that share its selection, a multi-token prediction layer, all trained. It has read
-{tokens:,} tokens of the source of Python {python}'s standard library, whose licence is the Python Software Foundation's, and
-knows nothing else.
+A GLM-5 of {parameters:,} parameters that completes Python, to try things out and for tests: dense
+and MoE layers, a sparse-attention indexer and layers that share its selection, a multi-token
+prediction layer, all trained. It has read {tokens:,} tokens of the source of Python {python}'s
+standard library, whose licence is the Python Software Foundation's, and knows nothing else.
 
-Made by `glm5-train prepare DATA --vocab-size 2048`, `glm5-train run DATA RUN --file cpu-small` (stages: {stages}) and
-`glm5-convert to-hf RUN/step-N DIR --dtype bfloat16`, at commit {commit}.
+Made by `glm5-train prepare DATA --vocab-size 2048`, `glm5-train run DATA RUN --file cpu-small`
+({stages}) and `glm5-convert to-hf RUN/step-N DIR --dtype bfloat16`, at commit {commit}.
 
 | on files held out | |
 |---|---|

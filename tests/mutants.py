@@ -286,6 +286,20 @@ MUTANTS = [
         "hashlib.blake2b(filled, digest_size=16)",
         "tests/test_pages.py",
     ),
+    Mutant(
+        "a harmful step moves the weights",
+        "train/step.py",
+        "lambda after, before: jnp.where(is_taken, after, before),",
+        "lambda after, before: after,",
+        "tests/test_watch.py",
+    ),
+    Mutant(
+        "a run that goes on reads its first rows again",
+        "train/loop.py",
+        "part.pipeline.read(stage.first_row(first))",
+        "part.pipeline.read(stage.first_row(stage.first))",
+        "tests/test_interruptions.py",
+    ),
 ]
 
 
