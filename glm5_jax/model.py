@@ -16,7 +16,7 @@ from glm5_jax.norm import rms_norm
 from glm5_jax.params import leaf_path, scale, weight
 from glm5_jax.places import Places
 from glm5_jax.rope import rotation
-from glm5_jax.segment import Observe, Remat, Segment, run_segment
+from glm5_jax.segment import Observe, Remat, Segment, rematerialised, run_segment
 from glm5_jax.selection import Selection
 from glm5_jax.sharding import DECODE, Rules, whole
 from glm5_jax.vocabulary import look_up, scores
@@ -164,6 +164,7 @@ def predict_ahead(
     teach_indexers: bool = False,
     attend_to_all: bool = False,
     measure_recall: bool = False,
+    remat: Remat = "none",
 ) -> list[tuple[jax.Array, Report]]:
     """Applies the MTP layer `depth` times, each time seeing one token further.
 
@@ -197,7 +198,15 @@ def predict_ahead(
             attend_to_all=attend_to_all,
             measure_recall=measure_recall,
         )
-        hidden_BTD, _, report = mtp(hidden_BTD, embed(model, tokens_BT, rules), setting)
+
+        def apply(
+            mtp: Mtp, hidden_BTD: jax.Array, embedded_BTD: jax.Array, setting: Setting = setting
+        ) -> tuple[jax.Array, Report]:
+            hidden_BTD, _, report = mtp(hidden_BTD, embedded_BTD, setting)
+            return hidden_BTD, report
+
+        layer = rematerialised(apply, remat, in_scan=False)
+        hidden_BTD, report = layer(mtp, hidden_BTD, embed(model, tokens_BT, rules))
         predictions.append((hidden_BTD, report))
     return predictions
 

@@ -42,6 +42,20 @@ Remat = str  # "none", "layers" or "products", as `forward` has it
 _KEPT = {"layers": None, "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
+def rematerialised(
+    layers: Callable[..., Any], remat: Remat, *, in_scan: bool
+) -> Callable[..., Any]:
+    """Layers whose gradient computes again what is not kept.
+
+    Args:
+      in_scan: whether they are the body of a scan, which by itself keeps the compiler from finding
+        that it computes something twice.
+    """
+    if remat == "none":
+        return layers
+    return jax.checkpoint(layers, prevent_cse=not in_scan, policy=_KEPT[remat])
+
+
 def run_segment(
     segment: Segment,
     x_BTD: jax.Array,
@@ -95,8 +109,7 @@ def run_segment(
         )
         return carried, tuple(observed)
 
-    if remat != "none":
-        run_group = jax.checkpoint(run_group, prevent_cse=False, policy=_KEPT[remat])
+    run_group = rematerialised(run_group, remat, in_scan=True)
     start = (x_BTD, selection if carry_selection else Selection(), caches)
     groups = jnp.arange(segment.plan.count)
     scanned = (groups, segment.layers, segment.experts if caches is None else None)

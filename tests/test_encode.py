@@ -158,3 +158,12 @@ def test_a_command_that_is_killed_leaves_nothing_under_the_name(tmp_path, number
     if number == signal.SIGTERM:
         assert error == b"glm5-train: terminated\n" and list(tmp_path.iterdir()) == []
     assert Data(prepare_texts(tmp_path / "data", {"a": TEXTS}).directory).num_tokens("train")
+
+
+def test_an_end_token_in_a_text_is_text(tmp_path):
+    """This project's own sources have it in them."""
+    texts = ["def f():\n    return '<|endoftext|>'\n" * 3] * 5
+    data = prepare_texts(tmp_path / "data", {"code": texts})
+    tokens = data.tokens("train").read(0, data.num_tokens("train"))
+    assert np.count_nonzero(tokens == data.end_id) == 4, "one at the end of each document"
+    assert Tokenizer(tmp_path / "data").encode("<|endoftext|>") == [data.end_id], "not in prompts"

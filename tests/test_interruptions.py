@@ -24,7 +24,10 @@ from train.metrics import read_metrics
 
 STAGES = """
 config = "config.json"
-batch_size = 2
+optimizer = "muon_split"
+batch_size = 4
+first_batch_size = 2
+batch_warmup_steps = 2
 length = 24
 eval_rows = 4
 eval_every = 3
@@ -155,7 +158,8 @@ def test_a_signal_ends_a_run_after_its_step(
     assert main(command(workplace, tmp_path / "run")) == status
     printed = capsys.readouterr().out
     assert f"step-000003: stopped by {number.name} after 3 of 12 steps; the same" in printed
-    assert [path.name for path in (tmp_path / "run").glob("step-*")][-1:] != []
+    saved = sorted(path.name for path in (tmp_path / "run").glob("step-*"))
+    assert saved == ["step-000002", "step-000003"]
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 3
 
 
@@ -212,6 +216,44 @@ def test_a_run_of_other_stages_is_refused_unless_told(workplace, whole, tmp_path
     assert comparable(run)[:10] == comparable(whole)[:10]
     assert comparable(run)[11] != comparable(whole)[11]
     assert main(changed) == 0, "it has been written down"
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--optimizer", "adamw"], "/training: optimizer."),
+        (["--average-decay", "0"], None),
+        (["--steps", "3"], "step-000010: is beyond the 9 steps of the run"),
+        (["--steps", "5"], "is of {'stage': 3, 'first_step': 8}, expected {'stage': 2"),
+    ],
+)
+def test_changes_that_a_checkpoint_does_not_fit_are_no_damage(
+    workplace, whole, tmp_path, capsys, options, named
+):
+    """Nothing is put aside, and the run goes on as it was started."""
+    run = copy(whole, tmp_path / "run", 5, 10)
+    before = (run / "run.json").read_bytes()
+    changed = command(workplace, run, *options, "--accept-changes")
+    if named is None:
+        assert main(changed) == 0
+        return
+    assert main(changed) == 2
+    assert named in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(path.name for path in run.glob("*step-*")) == ["step-000005", "step-000010"]
+    assert (run / "run.json").read_bytes() == before and comparable(run) == comparable(whole)
+
+
+def test_a_config_may_change_where_the_weights_still_fit(workplace, whole, tmp_path, capsys):
+    run = copy(whole, tmp_path / "run", 10)
+    (tmp_path / "longer.json").write_text(json.dumps(RAW | {"max_position_embeddings": 512}))
+    changed = command(workplace, run, "--config", tmp_path / "longer.json")
+    assert main(changed) == 2
+    assert "max_position_embeddings 256, not 512" in capsys.readouterr().err
+    assert main([*changed, "--accept-changes"]) == 0
+    (tmp_path / "wider.json").write_text(json.dumps(RAW | {"moe_intermediate_size": 48}))
+    changed = command(workplace, run, "--config", tmp_path / "wider.json", "--accept-changes")
+    assert main(changed) == 2
+    assert "has the shape" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_other_data_are_refused(workplace, whole, tmp_path, capsys):

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from glm5_jax.errors import InputError
-from glm5_jax.presets import PRESETS
-from train.run_file import READY, make_settings, read_run_file
+from glm5_jax.model import Glm5
+from glm5_jax.sharding import TRAIN, mesh_sizes
+from train.fit import common_batch, require_fit
+from train.optimizer import make_recipe
+from train.run_file import READY, config_of, make_settings, read_run_file
 from train.settings import Settings
 from train.stages import batch_sizes, plan_stages
 
@@ -112,8 +115,13 @@ def test_a_file_that_is_not_there_is_named_with_the_ready_ones():
 @pytest.mark.parametrize("name", READY)
 def test_ready_run_files_are_whole(name):
     file = read_run_file(name)
-    assert file.config in PRESETS
-    assert all(settings.steps for settings in make_settings(file.stages, {}))
+    config = config_of(file.config).config
+    devices = {"single-h200": 1, "v5p-64": 32}.get(name, 2)
+    stages = make_settings(file.stages, {})
+    sizes = mesh_sizes("auto", devices, Glm5(config), TRAIN, common_batch(stages))
+    for settings in stages:
+        require_fit(config, settings, sizes)
+        assert make_recipe(config, settings).learnt
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,12 @@ def test_a_harmful_step_changes_nothing_but_the_count():
         values(state),
         dataclasses.replace(
             state,
-            watch=dataclasses.replace(state.watch, taken=jnp.int32(64), mean_2=jnp.float32([1, 1])),
+            watch=dataclasses.replace(
+                state.watch,
+                taken=jnp.int32(64),
+                remembered=jnp.int32(64),
+                mean_2=jnp.float32([1, 1]),
+            ),
         ),
     )
     after, metrics = step(poisoned, TOKENS, SEGMENTS)  # whose loss is 4.6 and deviates from 1 by 0

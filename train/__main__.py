@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import math
 import signal
 import sys
 import textwrap
@@ -121,12 +120,12 @@ def _train(args: argparse.Namespace) -> int:
     options = {field.name for field in dataclasses.fields(Settings)} & given.keys()
     stages = make_settings(file.stages, {name: given[name] for name in options})
     from train.data import Data
+    from train.fit import common_batch
     from train.run import train
 
     published = config_of(args.config or file.config)
     data = Data(args.data)
-    batch = math.gcd(*(settings.smallest_batch for settings in stages))
-    partition = partition_for(published.config, args.mesh, "train", batch)
+    partition = partition_for(published.config, args.mesh, "train", common_batch(stages))
     ended = train(
         data,
         published.config,

@@ -1,8 +1,9 @@
 """Checkpoints of a run: native model directories with the rest of the state beside the weights."""
 
+import json
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import jax
@@ -20,12 +21,18 @@ from glm5_jax.model import Glm5
 from glm5_jax.params import leaf_path, leaves_by_path
 from glm5_jax.processes import is_first, on_first
 from glm5_jax.sharding import Partition
+from glm5_jax.strict_json import read_json
 from glm5_jax.tree_store import TreeReader, write_tree
 from train.optimizer import Params
+from train.stages import Stage
 from train.state import TrainState, assemble
 
 _BESIDE_NAME = "training"
+_STAGE_NAME = "stage.json"
 AVERAGE_NAME = "average"  # a native model directory in that of the checkpoint
+
+
+Shapes = Mapping[str, tuple[int, ...]]  # of leaves, by path
 
 
 def path_of(run: Path, step: int) -> Path:
@@ -38,8 +45,12 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def save(run: Path, config: Config, state: TrainState, text_from: Path) -> Path:
-    """Saves a state, whose arrays may be numpy's, under the number of its step."""
+class Misfit(InputError):
+    """A checkpoint is whole, and not one of such a run."""
+
+
+def save(run: Path, config: Config, state: TrainState, stage: Stage, text_from: Path) -> Path:
+    """Saves a state of a stage, whose arrays may be numpy's, under the number of its step."""
     destination = path_of(run, int(state.step))
     with on_first(lambda: new_directory(destination)) as directory:
 
@@ -54,13 +65,20 @@ def save(run: Path, config: Config, state: TrainState, text_from: Path) -> Path:
             write_model(average_folder, average, text_from)
         arrays = leaves_by_path(_beside(state))
         leaves = {leaf: layout(array.shape, array.dtype) for leaf, array in arrays.items()}
-        write_tree(folder(_BESIDE_NAME), arrays, leaves)
+        if (file := folder(_STAGE_NAME)) is not None:
+            file.write_text(json.dumps(_place(stage)))
+        write_tree(folder(_BESIDE_NAME), arrays, leaves, beside=[_STAGE_NAME])
     return destination
 
 
 def _beside(state: TrainState) -> dict[str, object]:
     """What is no model's weight."""
     return {"optimizer": state.optimizer, "watch": state.watch}
+
+
+def _place(stage: Stage) -> dict[str, int]:
+    """What the counts of a state are about."""
+    return {"stage": stage.number, "first_step": stage.first}
 
 
 def saved(run: Path) -> list[Path]:
@@ -82,19 +100,30 @@ def weights(directory: Path, config: Config, partition: Partition) -> Params:
     Raises:
       InputError: it is damaged, or of a model with other weights.
     """
-    held = read_model_config(directory).config
-    found, wanted = (leaves_by_path(Glm5(each)) for each in (held, config))
-    for path in sorted(found.keys() | wanted.keys()):
-        shapes = [specs[path].shape if path in specs else None for specs in (found, wanted)]
-        if shapes[0] != shapes[1]:
-            raise InputError(
-                f"{directory}: {path} has the shape {shapes[0]}, expected the config's {shapes[1]}"
-            )
+    _require_weights(directory, config)
     return leaves_by_path(restore_checkpoint(directory, "float32", partition))
 
 
+def _require_weights(directory: Path, config: Config) -> None:
+    held = read_model_config(directory).config
+    shapes = [
+        {path: spec.shape for path, spec in leaves_by_path(Glm5(each)).items()}
+        for each in (held, config)
+    ]
+    _require_same_shapes(directory, "the config's", *shapes)
+
+
+def _require_same_shapes(directory: Path, whose: str, found: Shapes, wanted: Shapes) -> None:
+    for path in sorted(found.keys() | wanted.keys()):
+        if found.get(path) != wanted.get(path):
+            raise Misfit(
+                f"{directory}: {path} has the shape {found.get(path)}, expected {whose} "
+                f"{wanted.get(path)}"
+            )
+
+
 def restore(
-    directory: Path, config: Config, partition: Partition, template: TrainState
+    directory: Path, config: Config, stage: Stage, partition: Partition, template: TrainState
 ) -> TrainState:
     """Restores a state, whatever mesh it was saved from.
 
@@ -102,26 +131,30 @@ def restore(
       template: the state as `abstract_state` gives it.
 
     Raises:
-      InputError: the checkpoint is damaged, or not one of this config and optimizer.
+      Misfit: the checkpoint is not one of such weights, such an optimizer or that stage.
+      InputError: it is damaged.
     """
-    params = _restore_weights(directory, config, partition)
+    reader = TreeReader(directory / _BESIDE_NAME)
+    found = read_json(directory / _STAGE_NAME)
+    if found != _place(stage):
+        raise Misfit(f"{directory}: is of {found}, expected {_place(stage)}")
+    beside = _beside(template)
+    _require_same_shapes(
+        reader.directory,
+        "the optimizer's",
+        {path: place.shape for path, place in reader.leaves.items()},
+        {path: leaf.shape for path, leaf in leaves_by_path(beside).items()},
+    )
+    _require_weights(directory, config)
+    if template.average and not (directory / AVERAGE_NAME).exists():
+        raise Misfit(f"{directory}: has no average of the weights, expected average_decay 0")
+    params = leaves_by_path(restore_checkpoint(directory, partition=partition))
     average = {}
     if template.average:
-        held = _restore_weights(directory / AVERAGE_NAME, config, partition)
+        held = leaves_by_path(restore_checkpoint(directory / AVERAGE_NAME, partition=partition))
         average = {path: held[path] for path in template.average}
-    reader = TreeReader(directory / _BESIDE_NAME)
-    beside = _beside(template)
-    if leaves_by_path(beside).keys() != reader.leaves.keys():
-        raise InputError(f"{reader.directory}: was saved by another optimizer")
     restored = jax.tree_util.tree_map_with_path(
         lambda keys, leaf: reader.restore(leaf_path(keys), leaf.sharding), beside
     )
     step = put(np.array(step_of(directory), np.int32), partition.mesh, PartitionSpec())
     return TrainState(step, params, average=average, **restored)
-
-
-def _restore_weights(directory: Path, config: Config, partition: Partition) -> Params:
-    model = restore_checkpoint(directory, partition=partition)
-    if model.config != config:
-        raise InputError(f"{directory}: was saved with another config than that of the run")
-    return leaves_by_path(model)

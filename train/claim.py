@@ -6,9 +6,9 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from glm5_jax.atomic import new_directory, new_file
 from glm5_jax.config import Config
@@ -33,15 +33,23 @@ def describe(
     }
 
 
+class Claim(NamedTuple):
+    """A run that this process may train."""
+
+    is_changed: bool  # in what its steps depend on
+    write: Callable[[], None]  # writes its description down
+
+
 @contextlib.contextmanager
-def claimed(run: Path, description: dict[str, Any], accept_changes: bool) -> Iterator[None]:
+def claimed(run: Path, description: dict[str, Any], accept_changes: bool) -> Iterator[Claim]:
     """Makes a run's folder, or compares what it was with what it is to be.
 
     What a process that was killed left half-written there is removed. While in the body, no other
     process of this machine can claim it.
 
     Args:
-      accept_changes: write the new description down, if another was there.
+      accept_changes: let it be another run than the one that was written down. What it is now is
+        written when the body asks for it, once it is sure to go on.
 
     Raises:
       InputError: the folder is no run's, the run was another, or is claimed already.
@@ -52,7 +60,8 @@ def claimed(run: Path, description: dict[str, Any], accept_changes: bool) -> Ite
     if not (run / RUN_NAME).exists():
         raise InputError(f"{run}: exists already and is not a run, expected a new name")
     with _locked(run):
-        changes = _changes(read_json(run / RUN_NAME), description, run / RUN_NAME)
+        found = read_json(run / RUN_NAME)
+        changes = _changes(found, description, run / RUN_NAME)
         if changes and not accept_changes:
             raise InputError(
                 f"{run / RUN_NAME}: the run was started with {'; '.join(changes)}; expected the "
@@ -60,11 +69,15 @@ def claimed(run: Path, description: dict[str, Any], accept_changes: bool) -> Ite
             )
         if changes:
             notice(f"{run}: goes on otherwise than it was started, with {'; '.join(changes)}")
-            with new_file(run / RUN_NAME, overwrite=True) as partial:
-                _write(partial, description)
+
+        def write() -> None:
+            if found != description:
+                with new_file(run / RUN_NAME, overwrite=True) as partial:
+                    _write(partial, description)
+
         for unfinished in run.glob(".*.partial-*"):
             shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
-        yield
+        yield Claim(bool(changes), write)
 
 
 @contextlib.contextmanager
@@ -72,10 +85,11 @@ def _locked(run: Path) -> Iterator[None]:
     """Holds a lock on the folder itself, which ends with the process however that ends."""
     folder = os.open(run, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{run}: another process is training this run") from None
         yield
-    except BlockingIOError:
-        raise InputError(f"{run}: another process is training this run") from None
     finally:
         os.close(folder)
 

@@ -1,9 +1,10 @@
 """The steps of a stage, and what is written down of each."""
 
+import contextlib
 import signal
 import time
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import jax
 
@@ -62,11 +63,13 @@ class Loop(NamedTuple):
         traced = settings.profiled()
         if first >= traced.start:  # its beginning is over
             traced = range(0)
-        with part.pipeline.read(stage.first_row(first)) as rows:
+        tracing = contextlib.ExitStack()
+        with tracing, part.pipeline.read(stage.first_row(first)) as rows:
             batch = rows.next(stage.batch_size(first))
             for number in range(first + 1, stage.end + 1):
                 if number in traced[:1]:
                     jax.profiler.start_trace(str(self.run_directory / PROFILE_NAME))
+                    tracing.callback(jax.profiler.stop_trace)
                 began = time.perf_counter()
                 with jax.set_mesh(self.partition.mesh):
                     state, metrics = step(state, *batch)
@@ -77,25 +80,34 @@ class Loop(NamedTuple):
                 seconds = time.perf_counter() - began
                 record |= self._speed(part, batch_size, seconds)
                 if number in traced[-1:]:
-                    jax.profiler.stop_trace()
+                    tracing.close()
                 if number == stage.end or number % settings.eval_every == 0:
-                    record |= part.evaluation(state.params)
+                    held_out = part.evaluation(state.params)
+                    require_finite({"step": number, **held_out}, self.run_directory)
+                    record |= held_out
                     notice(summary(record))
-                require_finite(record, self.run_directory)
-                if self.log is not None:
-                    self.log.write(to_line(record))
-                    self.log.flush()
-                if self.sinks is not None:
-                    self.sinks.write(record)
+                self._write(record)
                 self._judge(stage, number, int(metrics.in_a_row))
                 came = self.asked()
                 self.saver.check()
                 if came or number == stage.end or number % settings.save_every == 0:
-                    self.saver.save(state, settings.keep)
+                    self.saver.save(state, stage)
                 self.advance(1, shown=shown(record))
                 if came is not None:
                     break
         return state, came
+
+    def _write(self, record: dict[str, Any]) -> None:
+        require_finite(record, self.run_directory)
+        if self.log is not None:
+            try:
+                self.log.write(to_line(record))
+                self.log.flush()
+            except OSError as error:
+                path = self.run_directory / METRICS_NAME
+                raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+        if self.sinks is not None:
+            self.sinks.write(record)
 
     def _speed(self, part: Part, rows: int, seconds: float) -> dict[str, float]:
         """How fast a step was, whose metrics have arrived; MFU where the device's peak is known."""
@@ -117,5 +129,6 @@ class Loop(NamedTuple):
             raise InputError(
                 f"{self.run_directory}: the loss, the norm of the gradients or that of the weights "
                 f"was not finite or far above its mean in {in_a_row} steps in a row, up to step "
-                f"{number}, see {METRICS_NAME}; a lower learning_rate may help, or a higher spike"
+                f"{number}, see {METRICS_NAME}; a lower learning_rate may help, or a higher spike, "
+                "with --accept-changes"
             )

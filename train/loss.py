@@ -149,6 +149,7 @@ def loss(
             objective.mtp_depth,
             rules=rules,
             teach_indexers=teach,
+            remat=remat,
         )
     seen_ahead = [
         observe(places.followed(depth), report) for depth, (_, report) in enumerate(ahead, start=1)

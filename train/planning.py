@@ -36,16 +36,18 @@ def _plan(args: argparse.Namespace) -> int:
     from glm5_jax.plan.table import format_plan
     from glm5_jax.plan.topology import find_topology
     from glm5_jax.sharding import TRAIN, mesh_sizes
+    from train.fit import common_batch, require_fit
     from train.plan import program
 
     file = read_run_file(args.file)
     config = config_of(file.config).config
     topology = find_topology(args.topology)
-    for number, settings in enumerate(make_settings(file.stages, {}), start=1):
+    stages = make_settings(file.stages, {})
+    sizes = mesh_sizes(args.mesh, len(topology.devices), Glm5(config), TRAIN, common_batch(stages))
+    for number, settings in enumerate(stages, start=1):
+        require_fit(config, settings, sizes)
         work = Work(settings.batch_size, settings.length, settings.dtype)
         job = Job(TRAIN, functools.partial(program, settings=settings))
-        count = len(topology.devices)
-        sizes = mesh_sizes(args.mesh, count, Glm5(config), TRAIN, work.batch)
         notice(f"stage {number}: compiles for {topology.name} with {format_mesh(sizes)}")
         plan, traced = estimate(config, job, topology, sizes, work)
         if plan.fits is not False:

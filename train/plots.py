@@ -108,7 +108,7 @@ def indexers(history: History, theme: Theme) -> Picture | None:
 
 
 def recall(history: History, theme: Theme) -> Picture | None:
-    """How much of the true top-k each layer's indexer finds."""
+    """How much of the attention the tokens get that each layer's indexer selects."""
     lines = columns(history.records, "index_recall")
     if not lines:
         return None
@@ -117,15 +117,15 @@ def recall(history: History, theme: Theme) -> Picture | None:
     layer_lines(axes, lines, history, theme)
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter("{x:.0%}")
-    axes.set_ylabel("recall of the top-k")
+    axes.set_ylabel("of all attention")
     finish(axes, history, theme)
     layer_legend(figure, axes, len(lines), history, theme)
     last = [line.values_N[-1] for line in lines]
     alt = (
-        f"Recall of the tokens of most attention by {len(lines)} layers' indexers; "
+        f"Share of the attention that selected tokens get, by {len(lines)} layers' indexers; "
         f"last {min(last):.0%} to {max(last):.0%}."
     )
-    return Picture("Indexers: recall of the tokens of most attention", alt, figure)
+    return Picture("Indexers: attention to the tokens that they select", alt, figure)
 
 
 def acceptance(history: History, theme: Theme) -> Picture | None:

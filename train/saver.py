@@ -11,6 +11,7 @@ import numpy as np
 from glm5_jax.config import Config
 from glm5_jax.console import notice
 from train import checkpoint
+from train.stages import Stage
 from train.state import TrainState
 
 
@@ -23,26 +24,23 @@ class Saver:
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "saver")
         self._writing: concurrent.futures.Future[None] | None = None
 
-    def save(self, state: TrainState, keep: int) -> None:
+    def save(self, state: TrainState, stage: Stage) -> None:
         """Starts to save a state, once the one before is saved; then it may be donated.
 
         One process copies it to the host's memory, and writes it while the next steps are taken.
         Several write at once: they hand over their parts in collectives, among which no step may
         come.
 
-        Args:
-          keep: how many of the newest checkpoints stay, beside those that stages ended with.
-
         Raises:
           OSError, InputError: this or the one before could not be saved.
         """
         self.wait()
         if jax.process_count() > 1:
-            self._write(state, keep)
+            self._write(state, stage)
         else:
             # On CPU the array that numpy is given is the device's own memory.
             host = jax.tree.map(lambda array: np.array(array, copy=True), state)
-            self._writing = self._writer.submit(self._write, host, keep)
+            self._writing = self._writer.submit(self._write, host, stage)
 
     def check(self) -> None:
         """Raises the error that the state being saved has met with, if it has."""
@@ -55,9 +53,9 @@ class Saver:
         if writing is not None:
             writing.result()
 
-    def _write(self, state: TrainState, keep: int) -> None:
-        checkpoint.save(self._run, self._config, state, self._text_from)
-        checkpoint.remove_old(self._run, keep, self._stage_ends)
+    def _write(self, state: TrainState, stage: Stage) -> None:
+        checkpoint.save(self._run, self._config, state, stage, self._text_from)
+        checkpoint.remove_old(self._run, stage.settings.keep, self._stage_ends)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ class Settings:
         "indexers select",
         choices=("dense", "warmup", "sparse"),
     )
-    steps: int = _setting(1000, "steps to take in all")
+    steps: int = _setting(1000, "steps to take in the stage")
     batch_size: int = _setting(16, "rows in a batch")
     first_batch_size: int = _setting(
         0, "rows in the first batches, batch_size halved once or more; 0: batch_size"
@@ -138,6 +138,18 @@ class Settings:
             self,
             "first_batch_size",
             f"the batch_size {self.batch_size} halved any number of times, or 0",
+        )
+        _require(
+            bool(self.first_batch_size) == bool(self.batch_warmup_steps),
+            self,
+            "batch_warmup_steps",
+            "more than 0 with first_batch_size, and 0 without",
+        )
+        _require(
+            self.mtp_weight_part == 1 or bool(self.mtp_weight) == bool(self.final_mtp_weight),
+            self,
+            "final_mtp_weight",
+            "0 if mtp_weight is 0, and else more: what learns does so in the whole stage",
         )
         _require(
             self.final_learning_rate <= self.learning_rate,

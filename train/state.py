@@ -88,4 +88,6 @@ def abstract_state(config: Config, recipe: Recipe, partition: Partition) -> Trai
 
 def assemble(config: Config, params: Params, dtype: jax.typing.DTypeLike = jnp.float32) -> Glm5:
     """The model with the given weights, in a dtype but for those that are pinned to another."""
-    return map_specs(lambda path, spec: params[path].astype(leaf_dtype(spec, dtype)), Glm5(config))
+    return map_specs(
+        lambda path, spec: params[path].astype(leaf_dtype(spec, dtype), copy=False), Glm5(config)
+    )

@@ -72,7 +72,7 @@ def make_step(
         mtp_weight: jax.Array,
         tokens_BT: jax.Array,
         segment_BT: jax.Array,
-    ) -> tuple[tuple[jax.Array, tuple[Losses, Loads]], Params]:
+    ) -> tuple[Params, tuple[Losses, Loads]]:
         tokens_BT, segment_BT = (share(each, BATCH, 0) for each in (tokens_BT, segment_BT))
         followed_D = count_followed(Places.packed(segment_BT), objective.mtp_depth)
 
@@ -92,7 +92,7 @@ def make_step(
                 remat=remat,
             )
 
-        take = jax.value_and_grad(part_loss, has_aux=True)
+        take = jax.grad(part_loss, has_aux=True)
         if microbatches == 1:
             return take(learnt, tokens_BT, segment_BT)
 
@@ -102,10 +102,10 @@ def make_step(
         parts = jax.tree.map(
             lambda each: each.reshape(microbatches, -1, each.shape[-1]), (tokens_BT, segment_BT)
         )
-        shapes, _ = jax.eval_shape(take, learnt, *(each[0] for each in parts))
+        _, shapes = jax.eval_shape(take, learnt, *(each[0] for each in parts))
         nothing = (
-            jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), shapes),
             jax.tree.map(lambda weight: alike(jnp.zeros_like(weight), weight)[0], learnt),
+            jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), shapes),
         )
         return jax.lax.scan(add, nothing, parts)[0]
 
@@ -115,7 +115,7 @@ def make_step(
     gradient = partition.on_shards(
         gradient_of,
         (learnt_specs, kept_specs, equal, equal, equal),
-        ((equal, equal), learnt_specs),
+        (learnt_specs, equal),
     )
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -125,9 +125,11 @@ def make_step(
         learnt = {path: state.params[path] for path in learnt_specs}
         kept = {path: state.params[path] for path in kept_specs}
         taken = state.watch.taken
-        (minimised, (losses, loads)), gradients = gradient(
+        gradients, (losses, loads) = gradient(
             learnt, kept, recipe.mtp_weight(taken), tokens_BT, segment_BT
         )
+        # Not the whole that is minimised, which rises when a schedule weighs a part more.
+        judged = losses.indexers if objective.stage == "warmup" else losses.next_token
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, learnt)
         moved = optax.apply_updates(learnt, updates)
         params = balance(kept | moved, loads, objective, recipe.balance_rate(taken))
@@ -136,14 +138,14 @@ def make_step(
             for path, weight in state.average.items()
         }
         gradient_norm = optax.tree.norm(gradients)
-        is_taken = state.watch.is_usual(minimised, gradient_norm, recipe.spike)
+        is_taken = state.watch.is_usual(judged, gradient_norm, recipe.spike)
         is_taken &= jnp.isfinite(optax.tree.norm(params))
         params, optimizer_state, average = jax.tree.map(
             lambda after, before: jnp.where(is_taken, after, before),
             (params, optimizer_state, average),
             (state.params, state.optimizer, state.average),
         )
-        watch = state.watch.after(minimised, gradient_norm, is_taken)
+        watch = state.watch.after(judged, gradient_norm, is_taken)
         metrics = Metrics(
             losses=losses,
             gradient_norm=gradient_norm,

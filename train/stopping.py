@@ -31,9 +31,11 @@ def asked_to_stop(mesh: Mesh) -> Iterator[Asked]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         came.append(number)
-        handler = before[signal.Signals(number)]
-        if len(came) > 1 and callable(handler):
-            handler(number, frame)
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     for number in before:
         signal.signal(number, ask)
@@ -46,8 +48,7 @@ def asked_to_stop(mesh: Mesh) -> Iterator[Asked]:
 
         yield asked
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()
 
 
 def _largest_of_all(mesh: Mesh) -> Callable[[int], int]:

@@ -18,6 +18,7 @@ class Watch:
     """
 
     taken: jax.Array  # steps from which something was learnt
+    remembered: jax.Array  # the last of them that means and variances are about
     skipped: jax.Array  # steps without effect
     in_a_row: jax.Array  # skipped since the last step that was taken
     mean_2: jax.Array  # of the loss, and of the norm of the gradients
@@ -27,7 +28,7 @@ class Watch:
     def new(cls) -> "Watch":
         """Before the first step of a stage."""
         none, zero_2 = jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.float32)
-        return cls(none, none, none, zero_2, zero_2)
+        return cls(none, none, none, none, zero_2, zero_2)
 
     def is_usual(self, loss: jax.Array, gradient_norm: jax.Array, deviations: float) -> jax.Array:
         """Whether both are finite and neither is that many standard deviations above its mean.
@@ -40,17 +41,28 @@ class Watch:
         usual_2 = jnp.isfinite(seen_2)
         if deviations:
             limit_2 = self.mean_2 + deviations * jnp.sqrt(self.variance_2)
-            usual_2 &= (seen_2 <= limit_2) | (self.taken < _ENOUGH)
+            usual_2 &= (seen_2 <= limit_2) | (self.remembered < _ENOUGH)
         return jnp.all(usual_2)
+
+    def forgetting(self) -> "Watch":
+        """With the counts, and no idea of what is usual."""
+        return dataclasses.replace(
+            self,
+            remembered=jnp.zeros_like(self.remembered),
+            mean_2=jnp.zeros_like(self.mean_2),
+            variance_2=jnp.zeros_like(self.variance_2),
+        )
 
     def after(self, loss: jax.Array, gradient_norm: jax.Array, is_taken: jax.Array) -> "Watch":
         """With one more step, from which something was learnt or not."""
         seen_2 = jnp.stack([loss, gradient_norm]).astype(jnp.float32)
         # All steps weigh the same until there are too many; then the older, the less.
-        weight = 1 / jnp.minimum(self.taken + 1, _REMEMBERED).astype(jnp.float32)
+        remembered = jnp.minimum(self.remembered + 1, _REMEMBERED)
+        weight = 1 / remembered.astype(jnp.float32)
         beyond_2 = seen_2 - self.mean_2
         taken = Watch(
             taken=self.taken + 1,
+            remembered=remembered,
             skipped=self.skipped,
             in_a_row=jnp.zeros_like(self.in_a_row),
             mean_2=self.mean_2 + weight * beyond_2,

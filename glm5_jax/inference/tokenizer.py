@@ -63,9 +63,14 @@ class Tokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        """The tokens of several texts, which all processors encode, with no special ones around."""
-        for encoded in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False):
-            yield encoded.ids
+        """The tokens of several texts, which all processors encode, with no special ones in them.
+
+        What looks like one in a text is text.
+        """
+        self._tokenizer.encode_special_tokens = True
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        self._tokenizer.encode_special_tokens = False
+        return (each.ids for each in encoded)
 
     def end_id(self) -> int:
         """The token that ends a text.
