@@ -56,7 +56,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--max-new-tokens",
         type=integer(1),
-        required=True,
+        default=128,
         metavar="N",
         help="tokens to generate unless the text ends before",
     )
