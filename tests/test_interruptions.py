@@ -150,6 +150,18 @@ def stop_at(monkeypatch, step, number=signal.SIGTERM):
     monkeypatch.setattr(loop, "make_record", record)
 
 
+def test_a_trace_of_steps_ends_with_its_stage(workplace, tmp_path):
+    run = tmp_path / "run"
+    assert main(command(workplace, run, "--profile", "4-7")) == 0
+    assert len(list((run / "profile").rglob("*.xplane.pb"))) == 1
+
+
+@pytest.mark.parametrize("steps", ["13-14", "4-13"])
+def test_a_trace_of_steps_that_do_not_come_is_refused(workplace, tmp_path, capsys, steps):
+    assert main(command(workplace, tmp_path / "run", "--profile", steps)) == 2
+    assert f"profile is {steps}, expected steps up to 12" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_after_its_step(
     workplace, tmp_path, monkeypatch, capsys, number, status

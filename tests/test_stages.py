@@ -8,6 +8,7 @@ import pytest
 from glm5_jax.errors import InputError
 from glm5_jax.model import Glm5
 from glm5_jax.sharding import TRAIN, mesh_sizes
+from train.__main__ import main
 from train.fit import common_batch, require_fit
 from train.optimizer import make_recipe
 from train.run_file import READY, config_of, make_settings, read_run_file
@@ -144,3 +145,39 @@ def test_a_mixture_that_is_none_is_refused(text):
 def test_batches_that_do_not_double_to_the_full_size_are_refused(size):
     with pytest.raises(InputError, match=f"first_batch_size is {size}, expected the batch_size 12"):
         dataclasses.replace(Settings(batch_size=12), first_batch_size=size)
+
+
+@pytest.mark.standard_promotion
+def test_the_stages_of_a_run_file_are_planned(tmp_path, capsys):
+    text = """
+        config = "demo"
+        batch_size = 8
+        length = 64
+        microbatches = 2
+        [[stages]]
+        stage = "warmup"
+        [[stages]]
+        optimizer = "muon"
+    """
+    assert main(["plan", write(tmp_path, text), "--topology", "h100:2", "--mesh", "data=2"]) == 0
+    printed = capsys.readouterr().out
+    for number, stage in ((1, "warmup"), (2, "sparse")):
+        assert f"stage {number}, {stage}, 8 x 64 tokens on h100:2, 2 chips: data=2" in printed
+    assert printed.count("temporaries, compiled") == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (
+            "config = 'demo'\nbatch_size = 8\nmicrobatches = 8",
+            "microbatches is 8, expected a divisor",
+        ),
+        ("config = 'demo'\nlength = 5000", "length is 5000, expected at most"),
+        ("batch_size = 8", "there is no config"),
+    ],
+)
+def test_a_plan_refuses_what_a_run_refuses(tmp_path, capsys, text, named):
+    assert main(["plan", write(tmp_path, text), "--topology", "h100:2"]) == 2
+    error = capsys.readouterr().err
+    assert named in error and error.count("\n") == 1

@@ -92,6 +92,8 @@ class Loop(NamedTuple):
                 self.saver.check()
                 if came or number == stage.end or number % settings.save_every == 0:
                     self.saver.save(state, stage)
+                if number == stage.end and metrics.skipped:
+                    notice(f"stage {stage.number}: {int(metrics.skipped)} steps were skipped")
                 self.advance(1, shown=shown(record))
                 if came is not None:
                     break

@@ -63,7 +63,9 @@ class Settings:
     mtp_weight: float = _setting(0.3, "of the loss of tokens further ahead")
     final_mtp_weight: float = _setting(0.3, "the one after mtp_weight_part of the steps")
     mtp_weight_part: float = _setting(1.0, "the part of the steps with mtp_weight")
-    index_weight: float = _setting(1.0, "of the loss of the indexers, which moves only them")
+    index_weight: float = _setting(
+        1.0, "of the loss of the indexers, whose gradient reaches only them"
+    )
     balance_weight: float = _setting(0.0, "of the experts' imbalance within sequences")
     z_weight: float = _setting(0.0, "of the square of the scores' log-sum-exp")
     balance_rate: float = _setting(1e-3, "by which the routers' biases move in a step")

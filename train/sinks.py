@@ -103,7 +103,7 @@ def _wandb(run: Path, project: str, settings: Mapping[str, Any]) -> Iterator[_Wr
     if not id_path.exists():
         id_path.write_text(uuid.uuid4().hex + "\n")
     try:
-        # Steps that are taken again have the numbers they had; wandb keeps the first.
+        # Of steps that are taken again wandb keeps the first numbers.
         logged = wandb.init(
             project=project,
             id=id_path.read_text().strip(),

@@ -26,7 +26,8 @@ class Stage(NamedTuple):
     def first_row(self, step: int) -> int:
         """The first row that a step reads; a stage goes on where the one before it stopped.
 
-        Rows are numbered through all epochs, in rows of the stage's length.
+        Rows are numbered through all epochs, in rows of the stage's length. Stages that differ in
+        length, seed or mixture have their rows in orders of their own.
         """
         return self.first_token // self.settings.length + _rows(self.settings, step - self.first)
 

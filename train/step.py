@@ -30,6 +30,7 @@ class Metrics(NamedTuple):
     rate: jax.Array  # of learning
     is_taken: jax.Array  # not, where a step would do harm: the weights are then as before it
     in_a_row: jax.Array  # steps, this one the last, that were not taken
+    skipped: jax.Array  # of the stage, in all
     imbalance: jax.Array  # the largest load of an expert over the mean of its layer
 
 
@@ -153,6 +154,7 @@ def make_step(
             rate=recipe.rate(taken),
             is_taken=is_taken,
             in_a_row=watch.in_a_row,
+            skipped=watch.skipped,
             imbalance=_imbalance(loads),
         )
         return TrainState(state.step + 1, params, optimizer_state, watch, average), metrics
