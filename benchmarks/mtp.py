@@ -55,7 +55,7 @@ def judge(rows: list[dict[str, Any]]) -> tuple[bool, str]:
 def main(arguments: list[str] | None = None) -> int:
     """Trains, generates, prints and writes; fails if learning further ahead gains nothing."""
     parser = command_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=250, help="of training")
+    parser.add_argument("--steps", type=int, default=150, help="of training")
     args = parser.parse_args(arguments)
     place = Workplace(args.folder, args.max_bytes)
     rows = [measure(place, depth, args.steps) for depth in _DEPTHS]
