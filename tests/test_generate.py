@@ -183,7 +183,6 @@ def test_a_senseless_line_of_prompts_is_named(directory, capsys, tmp_path, line)
         ["--max-new-tokens", "5", "--slots", "0"],
         ["--max-new-tokens", "5", "--draft-tokens", "-1"],
         ["--max-new-tokens", "5", "--prompt", "both"],
-        [],
     ],
 )
 def test_senseless_options_are_one_line(directory, capsys, options):

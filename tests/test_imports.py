@@ -16,7 +16,7 @@ FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob(
 # From the bottom up: a file imports only from the lines before its own, or its own.
 ORDER = [
     ["errors", "strict_json", "layers", "console", "atomic", "chunks", "config_keys", "bits"],
-    ["rendezvous", "cluster", "coordination", "processes", "findings"],
+    ["rendezvous", "cluster", "coordination", "processes", "findings", "models"],
     ["plan.chips", "plan.costs"],
     ["collectives"],
     ["config", "published.fp8", "slots"],

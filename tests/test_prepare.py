@@ -71,7 +71,7 @@ def test_preparing_twice_gives_the_same_files(folder):
         {path.name: path.read_bytes() for path in (folder / name).iterdir()}
         for name in ("data", "again")
     )
-    assert one == other and len(one) == 5
+    assert one == other and len(one) == 6
 
 
 @pytest.mark.parametrize(
