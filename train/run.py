@@ -110,7 +110,6 @@ def train(
                     notice(f"stage {part.stage.number}: {part.stage.settings.stage}")
                     state = start_stage(state.step, state.params, part.recipe, partition)
                 state, came = loop.run(part, state)
-        saver.wait()
         last = int(state.step)
         return Ended(checkpoint.path_of(run, last), last, came if last < max(ends) else None)
 

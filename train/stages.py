@@ -1,5 +1,6 @@
 """Where in a run each of its stages lies, and which rows of the data a step reads."""
 
+import bisect
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -53,13 +54,24 @@ def batch_sizes(settings: Settings) -> list[int]:
     return [settings.smallest_batch << number for number in range(doublings + 1)]
 
 
+def _first_steps(settings: Settings) -> list[int]:
+    """For each of `batch_sizes` the first step that has it, or would, in a short warm-up."""
+    doublings = len(batch_sizes(settings)) - 1
+    return [
+        -(-number * settings.batch_warmup_steps // max(1, doublings))
+        for number in range(doublings + 1)
+    ]
+
+
 def _batch_size(settings: Settings, step: int) -> int:
-    sizes, warmup = batch_sizes(settings), settings.batch_warmup_steps
-    return sizes[-1] if step >= warmup else sizes[step * (len(sizes) - 1) // warmup]
+    return batch_sizes(settings)[bisect.bisect_right(_first_steps(settings), step) - 1]
 
 
 def _rows(settings: Settings, steps: int) -> int:
     """How many rows the first steps of a stage read."""
-    warm = min(steps, settings.batch_warmup_steps)
-    in_warmup = sum(_batch_size(settings, step) for step in range(warm))
-    return in_warmup + (steps - warm) * settings.batch_size
+    firsts = [min(first, steps) for first in _first_steps(settings)]
+    ends = [*firsts[1:], steps]
+    return sum(
+        size * (end - first)
+        for size, first, end in zip(batch_sizes(settings), firsts, ends, strict=True)
+    )
