@@ -162,11 +162,14 @@ def test_much_data_is_compared_by_its_lengths_alone(data, tmp_path, monkeypatch)
             Data(tmp_path / "data")
 
 
-def test_a_shard_that_vanishes_while_it_is_read_is_named(data, tmp_path):
+@pytest.mark.parametrize("fault", ["missing", "truncated", "empty"])
+def test_a_shard_that_is_damaged_before_it_is_first_read_is_named(data, tmp_path, fault):
     shutil.copytree(data.directory, tmp_path / "data")
     split = Data(tmp_path / "data").split("train", 100)
-    (tmp_path / "data" / "a-train-00000.npy").unlink()
-    with pytest.raises(FileNotFoundError, match="a-train-00000.npy"):
+    path = tmp_path / "data" / "a-train-00000.npy"
+    FAULTS[fault](path)
+    told = "missing" if fault == "missing" else "damaged"
+    with pytest.raises(InputError, match=re.escape(f"{path}: {told}, expected it as it was")):
         split.rows([0])
 
 

@@ -228,7 +228,7 @@ def test_a_shard_that_vanishes_is_named_by_the_reader(data, tmp_path):
         path.unlink()
     with (
         pipeline.read(0) as reader,
-        pytest.raises(FileNotFoundError, match=r"-train-\d{5}\.npy"),
+        pytest.raises(InputError, match=r"-train-\d{5}\.npy: missing"),
     ):
         reader.next(4)
 

@@ -111,7 +111,7 @@ def check_shard(
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
-        raise InputError(f"{path}: missing, expected it as it was prepared") from None
+        raise _not_as_prepared(path, "missing") from None
     except ValueError:
         tokens = None
     if (
@@ -120,7 +120,7 @@ def check_shard(
         or tokens.offset != _HEADER_BYTES
         or (whole and _digest(path) != shard.sha256)
     ):
-        raise InputError(f"{path}: damaged, expected it as it was prepared")
+        raise _not_as_prepared(path, "damaged")
 
 
 class Tokens:
@@ -137,7 +137,11 @@ class Tokens:
         return self._ends[-1]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """The tokens from `start` to before `stop`, int32."""
+        """The tokens from `start` to before `stop`, int32.
+
+        Raises:
+          InputError: a shard is not there any more, or too short.
+        """
         parts = []
         number = bisect.bisect_right(self._ends, start)
         while start < stop:
@@ -154,7 +158,16 @@ class Tokens:
         fails with "AST constructor recursion depth mismatch" (its issue 106905).
         """
         path, tokens = self._shards[number]
-        return np.memmap(path, self._dtype, "r", offset=_HEADER_BYTES, shape=(tokens,))
+        try:
+            return np.memmap(path, self._dtype, "r", offset=_HEADER_BYTES, shape=(tokens,))
+        except FileNotFoundError:
+            raise _not_as_prepared(path, "missing") from None
+        except ValueError:  # it is too short
+            raise _not_as_prepared(path, "damaged") from None
+
+
+def _not_as_prepared(path: Path, what: str) -> InputError:
+    return InputError(f"{path}: {what}, expected it as it was prepared")
 
 
 def _digest(path: Path) -> str:
