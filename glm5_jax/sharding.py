@@ -78,6 +78,9 @@ TRAIN = Rules(
     stored=frozenset({"embed", "q_rank", "kv_rank"}),
 )
 
+# How the rows of a batch lie on the devices.
+ROWS = PartitionSpec(BATCH)
+
 # What a logical axis is called in `config.json`.
 _SIZES = {
     "vocab": "vocab_size",

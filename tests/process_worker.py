@@ -17,6 +17,7 @@ from glm5_jax.params import leaves_by_path
 from glm5_jax.processes import add_processes, one_program
 from glm5_jax.sharding import DECODE, TRAIN
 from tests import test_sharded as sharded
+from train.placing import next_batch
 
 
 def compute(shape):
@@ -32,13 +33,29 @@ def compute(shape):
     return {name: fetch(array) for name, array in leaves_by_path(arrays).items()}, text
 
 
+class Rows:
+    """Stands for what reads data: row `r` is full of the number `r`, its segments of `-r`."""
+
+    def next(self, size, part):
+        self.read = range(size)[part]
+        rows = np.repeat(np.array(self.read, np.int32)[:, None], 3, axis=1)
+        return rows, -rows
+
+
+def read_rows(shape):
+    """The rows of a batch as the devices of all processes have them; those that are read here."""
+    reader = Rows()
+    batch = next_batch(reader, 16, sharded.partition(shape, TRAIN))
+    return [fetch(each).tolist() for each in batch], list(reader.read)
+
+
 def work(args):
     with one_program(args):
         shape = tuple(map(int, args.shape.split("x")))
         arrays, text = compute(shape)
         out = Path(args.folder) / f"{args.shape}-{jax.process_index()}"
         np.savez(out.with_suffix(".npz"), **arrays)
-        out.with_suffix(".json").write_text(json.dumps(text))
+        out.with_suffix(".json").write_text(json.dumps([text, *read_rows(shape)]))
     return 0
 
 

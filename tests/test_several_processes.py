@@ -36,7 +36,7 @@ RAW = sharded.RAW | {
 @pytest.mark.slow
 @on_meshes
 def test_the_model_is_that_of_one_device(shape, tmp_path):
-    """Logits, MTP logits, router loads, losses, gradients of all leaves and text."""
+    """Logits, MTP logits, router loads, losses, gradients of all leaves, text, rows of data."""
     ended = run_together(*[("tests.process_worker", "work", shape, tmp_path)] * 2)
     assert ended == [(0, "", "")] * 2
     scores, loads = sharded.on_one_device(sharded.predict)
@@ -44,9 +44,11 @@ def test_the_model_is_that_of_one_device(shape, tmp_path):
     expected = leaves_by_path({"scores": scores, "loads": loads, "learnt": learnt})
     text = Generator(sharded.model()).complete(sharded.PROMPTS, 12, Sampling())
     for process in range(2):
-        assert json.loads((tmp_path / f"{shape}-{process}.json").read_text()) == [
-            list(completion) for completion in text
-        ]
+        written = json.loads((tmp_path / f"{shape}-{process}.json").read_text())
+        assert written[0] == [list(completion) for completion in text]
+        assert written[1] == [[[sign * row] * 3 for row in range(16)] for sign in (1, -1)]
+        first, end = (8 * process, 8 * process + 8) if shape == "2x2x2" else (0, 16)
+        assert written[2] == list(range(first, end))
         with np.load(tmp_path / f"{shape}-{process}.npz") as file:
             actual = dict(file)
         assert actual.keys() == expected.keys() and len(actual) > 60

@@ -17,6 +17,7 @@ from train.flops import peak_flops, step_flops
 from train.metrics import METRICS_NAME, make_record, require_finite, shown, summary, to_line
 from train.optimizer import Recipe
 from train.pipeline import Pipeline
+from train.placing import next_batch
 from train.saver import Saver
 from train.sinks import Sinks
 from train.stages import Stage
@@ -65,7 +66,7 @@ class Loop(NamedTuple):
             traced = range(0)
         tracing = contextlib.ExitStack()
         with tracing, part.pipeline.read(stage.first_row(first)) as rows:
-            batch = rows.next(stage.batch_size(first))
+            batch = next_batch(rows, stage.batch_size(first), self.partition)
             for number in range(first + 1, stage.end + 1):
                 if number in traced[:1]:
                     jax.profiler.start_trace(str(self.run_directory / PROFILE_NAME))
@@ -73,8 +74,9 @@ class Loop(NamedTuple):
                 began = time.perf_counter()
                 with jax.set_mesh(self.partition.mesh):
                     state, metrics = step(state, *batch)
-                batch_size = len(batch.tokens_BT)
-                batch = rows.next(stage.batch_size(number))  # while the devices compute
+                batch_size = stage.batch_size(number - 1)
+                # While the devices compute.
+                batch = next_batch(rows, stage.batch_size(number), self.partition)
                 record = make_record(number, settings.stage, metrics)
                 record["tokens"] = stage.tokens(number)
                 seconds = time.perf_counter() - began

@@ -5,17 +5,17 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, reshard
+from jax.typing import ArrayLike
 
-from glm5_jax.collectives import BATCH, alike, share
+from glm5_jax.collectives import alike
 from glm5_jax.config import Config
 from glm5_jax.model import Glm5
 from glm5_jax.params import leaves_by_path
 from glm5_jax.places import Places
 from glm5_jax.segment import Remat
-from glm5_jax.sharding import Partition
+from glm5_jax.sharding import ROWS, Partition
 from train.loss import Loads, Losses, count_followed, loss
 from train.optimizer import Params, Recipe, balance
 from train.state import TrainState, assemble
@@ -38,7 +38,7 @@ class Step(Protocol):
     """A compiled step. It must be called within `jax.set_mesh`."""
 
     def __call__(
-        self, state: TrainState, tokens_BT: np.ndarray, segment_BT: np.ndarray
+        self, state: TrainState, tokens_BT: ArrayLike, segment_BT: ArrayLike
     ) -> tuple[TrainState, Metrics]:
         """Learns from a whole batch; the state given is used up."""
 
@@ -74,7 +74,6 @@ def make_step(
         tokens_BT: jax.Array,
         segment_BT: jax.Array,
     ) -> tuple[Params, tuple[Losses, Loads]]:
-        tokens_BT, segment_BT = (share(each, BATCH, 0) for each in (tokens_BT, segment_BT))
         followed_D = count_followed(Places.packed(segment_BT), objective.mtp_depth)
 
         def part_loss(
@@ -113,9 +112,10 @@ def make_step(
     specs, equal = leaves_by_path(partition.specs(Glm5(config))), PartitionSpec()
     learnt_specs = {path: specs[path] for path in recipe.learnt}
     kept_specs = {path: spec for path, spec in specs.items() if path not in learnt_specs}
+    rows = NamedSharding(partition.mesh, ROWS)
     gradient = partition.on_shards(
         gradient_of,
-        (learnt_specs, kept_specs, equal, equal, equal),
+        (learnt_specs, kept_specs, equal, ROWS, ROWS),
         (learnt_specs, equal),
     )
 
@@ -126,6 +126,7 @@ def make_step(
         learnt = {path: state.params[path] for path in learnt_specs}
         kept = {path: state.params[path] for path in kept_specs}
         taken = state.watch.taken
+        tokens_BT, segment_BT = (reshard(each, rows) for each in (tokens_BT, segment_BT))
         gradients, (losses, loads) = gradient(
             learnt, kept, recipe.mtp_weight(taken), tokens_BT, segment_BT
         )

@@ -20,7 +20,7 @@ from glm5_jax.mesh import fetch
 from glm5_jax.model import Glm5, forward, predict_ahead
 from glm5_jax.places import Places
 from glm5_jax.queries import block_length, map_queries
-from glm5_jax.sharding import Partition, on_one_device, whole
+from glm5_jax.sharding import ROWS, Partition, on_one_device, whole
 from glm5_jax.vocabulary import cross_entropy, likeliest, scores
 
 _SHORTEST = 32  # rows are padded to this length or a power of two times it
@@ -156,7 +156,7 @@ def _compiled(
 
     equal = PartitionSpec()
     in_specs = (partition.specs(Glm5(config)), equal, equal, equal)
-    return jax.jit(partition.on_shards(compute, in_specs, PartitionSpec(BATCH)))
+    return jax.jit(partition.on_shards(compute, in_specs, ROWS))
 
 
 class Document(NamedTuple):

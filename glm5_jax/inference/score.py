@@ -13,7 +13,7 @@ from glm5_jax.errors import InputError
 from glm5_jax.mesh import fetch
 from glm5_jax.model import Glm5, forward, logits, predict_ahead
 from glm5_jax.places import Places
-from glm5_jax.sharding import Partition, on_one_device
+from glm5_jax.sharding import ROWS, Partition, on_one_device
 from glm5_jax.vocabulary import cross_entropy
 
 
@@ -107,5 +107,5 @@ def _compiled_score(
 
     in_specs = (partition.specs(Glm5(config)), PartitionSpec())
     scores = PartitionSpec(BATCH, None, MODEL)
-    out_specs = [PartitionSpec(BATCH), *[scores] * (1 + depth)]
+    out_specs = [ROWS, *[scores] * (1 + depth)]
     return jax.jit(partition.on_shards(compute, in_specs, out_specs))

@@ -23,12 +23,12 @@ from glm5_jax.inference.sampling import (
     sample,
 )
 from glm5_jax.model import Glm5, forward, logits, read_ahead
-from glm5_jax.sharding import Partition
+from glm5_jax.sharding import ROWS, Partition
 
 _SHORTEST_PAGE, _SHORTEST_PART = 64, 16  # tokens of a page, and of a shard's part of it
 _NARROWEST_TABLE = 8  # pages of a row
 _EQUAL = PartitionSpec()  # what every device is given whole
-_ROWS: Any = PartitionSpec(BATCH)
+_ROWS: Any = ROWS
 
 
 class Build(NamedTuple):
