@@ -31,6 +31,25 @@ RAW = sharded.RAW | {
     "indexer_types": ["full", "full"],
     "mlp_layer_types": ["dense", "sparse"],
 }
+STAGES = """
+config = "config.json"
+batch_size = 8
+length = 24
+learning_rate = 0.01
+warmup_steps = 1
+eval_every = 2
+eval_rows = 10
+save_every = 1
+keep = 4
+
+[[stages]]
+stage = "dense"
+steps = 2
+
+[[stages]]
+stage = "sparse"
+steps = 2
+"""
 
 
 @pytest.mark.slow
@@ -142,18 +161,17 @@ def test_scores_are_written_once_and_are_those_of_one_process(published, tmp_pat
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with prepared data and a config."""
+    """A folder with prepared data, a config and a run of two stages."""
     folder = tmp_path_factory.mktemp("work")
     prepare_data(folder)
     (folder / "config.json").write_text(json.dumps(RAW))
+    (folder / "run.toml").write_text(STAGES)
     return folder
 
 
 def training(workplace, run, mesh):
-    command = ["run", str(workplace / "data"), str(run), "--mesh", mesh]
-    command += ["--config", str(workplace / "config.json"), "--batch-size", "8", "--steps", "4"]
-    command += ["--length", "24", "--eval-every", "2", "--eval-rows", "10", "--warmup-steps", "2"]
-    return [*command, "--save-every", "1", "--learning-rate", "0.01", "--keep", "3"]
+    file = str(workplace / "run.toml")
+    return ["run", str(workplace / "data"), str(run), "--file", file, "--mesh", mesh]
 
 
 def cut_off(run, step):
@@ -166,12 +184,14 @@ def cut_off(run, step):
 @pytest.mark.slow
 @pytest.mark.standard_promotion
 def test_a_run_goes_on_with_other_processes_and_meshes(workplace):
+    """Within a stage, at its end, and from one to the next without a stop."""
     alone, together = workplace / "alone", workplace / "together"
     assert glm5_train(training(workplace, alone, "data=8")) == 0
     output, errors = twice("train", *training(workplace, together, "data=4,expert=2"))
     assert output == f"{together / 'step-000004'}: trained for 4 steps\n"
     assert errors.count("step 2: ") == errors.count("step 4: ") == 1 == errors.count("devices: ")
-    saved = [f"step-00000{step}" for step in (2, 3, 4)]
+    assert errors.count("stage 2: sparse\n") == 1
+    saved = [f"step-00000{step}" for step in (1, 2, 3, 4)]
     assert sorted(path.name for path in together.iterdir()) == ["metrics.jsonl", "run.json", *saved]
     require_equal_runs(together, alone)
 
@@ -179,9 +199,9 @@ def test_a_run_goes_on_with_other_processes_and_meshes(workplace):
     assert glm5_train(training(workplace, together, "data=2,expert=2,model=2")) == 0
     require_equal_runs(together, alone)
 
-    cut_off(together, 3)
+    cut_off(together, 1)
     _, errors = twice("train", *training(workplace, together, "expert=8"))
-    assert "goes on from step-000003" in errors
+    assert "goes on from step-000001" in errors
     require_equal_runs(together, alone)
 
 
@@ -189,7 +209,7 @@ def test_a_run_goes_on_with_other_processes_and_meshes(workplace):
 def test_a_signal_to_one_process_ends_a_run_in_all_after_the_same_step(workplace):
     run = workplace / "signalled"
     command = training(workplace, run, "data=8")
-    command[command.index("--steps") + 1] = command[command.index("--save-every") + 1] = "100000"
+    command += ["--steps", "100000", "--save-every", "100000"]
     with started_together(("train", *command), ("train", *command)) as processes:
         metrics = run / "metrics.jsonl"
         while not metrics.exists() or not metrics.read_text():
@@ -211,10 +231,10 @@ def require_equal_runs(run, other):
     """
     records, expected = (read_metrics(path / "metrics.jsonl") for path in (run, other))
     assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert [record["stage"] for record in records] == ["dense", "dense", "sparse", "sparse"]
     for record, one in zip(records, expected, strict=True):
         assert record.keys() == one.keys()
-        assert record.pop("stage") == one.pop("stage") == "sparse"
-        for name in record.keys() - {"tokens_per_second", "tokens_per_second_per_device"}:
+        for name in record.keys() - {"stage", "tokens_per_second", "tokens_per_second_per_device"}:
             np.testing.assert_allclose(record[name], one[name], rtol=1e-5, atol=1e-8, err_msg=name)
     restore_checkpoint(run / "step-000004")
 
