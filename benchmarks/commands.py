@@ -1,8 +1,12 @@
 """The project's commands, run as a user would type them."""
 
+import argparse
 import shlex
 import subprocess
 import sys
+from pathlib import Path
+
+from glm5_jax.models import shipped
 
 NAMES = {"glm5_jax": "glm5", "train": "glm5-train", "convert": "glm5-convert"}
 
@@ -25,3 +29,19 @@ def run_command(module: str, *arguments: object) -> str:
     if done.returncode:
         sys.exit(f"{command} {words[0]} ended with status {done.returncode}")
     return done.stdout
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds `--model` and `--data`: a trained model, and text as its tokenizer cuts it."""
+    parser.add_argument(
+        "--model", type=Path, default=shipped("tiny"), help="(the one that comes along)"
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path("build/tiny-data"), help="prepared if it is not there"
+    )
+
+
+def prepare_for(model: Path, data: Path) -> None:
+    """Tokenizes the Python standard library for a model, if that is not done."""
+    if not data.exists():
+        run_command("train", "prepare", data, "--tokenizer", model)

@@ -1,6 +1,6 @@
 """What drafting with the MTP layer gains: tokens per step of the model, and time.
 
-`python -m benchmarks.drafts --results benchmarks/results`, after `make demo`.
+`python -m benchmarks.drafts --results benchmarks/results`.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.commands import add_model, prepare_for
 from benchmarks.output import write_results
 from glm5_jax.inference.engine import Engine
 from glm5_jax.inference.request import Request, Sampling
@@ -118,10 +119,10 @@ def measure(
 def main() -> int:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=Path("build/demo/native"))
-    parser.add_argument("--data", type=Path, default=Path("build/demo/data"))
+    add_model(parser)
     parser.add_argument("--results", type=Path, help="folder to write to")
     args = parser.parse_args()
+    prepare_for(args.model, args.data)
     tokenizer, engines = Tokenizer(args.model), make_engines(args.model, _DRAFTS)
     rows = []
     lines = [

@@ -1,7 +1,6 @@
 """A server under load: throughput and latency by concurrency, then a long mixed soak.
 
-`python -m benchmarks.serving --model build/demo/native --results benchmarks/results`, after
-`make demo`.
+`python -m benchmarks.serving --results benchmarks/results`.
 """
 
 import argparse
@@ -24,6 +23,7 @@ import httpx2
 import numpy as np
 import openai
 
+from benchmarks.commands import add_model, prepare_for
 from benchmarks.output import write_results
 from train.data import Data
 
@@ -237,10 +237,10 @@ def run(model: Path, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]
 def main() -> int:
     """Measures, checks, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=Path("build/demo/native"))
-    parser.add_argument("--data", type=Path, default=Path("build/demo/data"))
+    add_model(parser)
     parser.add_argument("--results", type=Path, help="folder to write to")
     args = parser.parse_args()
+    prepare_for(args.model, args.data)
     rows, soaked = run(args.model, args.data)
     names = [name for name in rows[0] if name not in ("concurrency", "requests")]
     lines = [
