@@ -38,6 +38,21 @@ def test_text_comes_back_from_its_tokens(directory, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_texts_are_neither_cut_nor_filled_up(directory, tmp_path):
+    """Whatever the batches were that the tokenizer was saved after."""
+    saved = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    saved.enable_truncation(3)
+    saved.enable_padding(length=40)
+    (tmp_path / "saved").mkdir()
+    saved.save(str(tmp_path / "saved" / "tokenizer.json"))
+    texts = ["x", "a text of more than three tokens"]
+    for text in texts:
+        assert Tokenizer(tmp_path / "saved").encode(text) == Tokenizer(directory).encode(text)
+    folders = (tmp_path / "saved", directory)
+    batches = [list(Tokenizer(folder).encode_batch(texts)) for folder in folders]
+    assert batches[0] == batches[1]
+
+
 def test_ids_end_where_the_tokens_do(directory):
     tokenizer = Tokenizer(directory)
     known = json.loads((directory / "tokenizer.json").read_text())

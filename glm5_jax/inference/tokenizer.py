@@ -38,6 +38,9 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust library raises Exception itself
             raise InputError(f"{path}: not a tokenizer: {error!s:.200}") from None
+        # A file keeps how a trainer cut and filled up its batches; texts are as long as they are.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._directory = directory
         self._has_bytes = isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel)
         self._special = {
