@@ -119,9 +119,10 @@ def silence() -> Iterator[None]:
 
 
 def notice(message: str) -> None:
-    """Tells the user something on standard error."""
+    """Tells the user something on standard error; if nobody reads that, work goes on."""
     if not _silent:
-        print(message, file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(message, file=sys.stderr)
 
 
 class Advance(Protocol):

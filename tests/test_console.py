@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -42,6 +43,17 @@ def test_a_bar_shows_its_fields_from_the_start(terminal, capsys):
     with console.progress("work", 3, column, done=0) as advance:
         advance(1, done=1)
     assert "1 of them" in capsys.readouterr().err
+
+
+def test_work_goes_on_if_nobody_reads_what_it_tells(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as nobody:
+        monkeypatch.setattr("sys.stderr", nobody)
+        console.notice("step 1")
+        console.notice("step 2")
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
