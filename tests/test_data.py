@@ -134,6 +134,9 @@ FAULTS = {
     "with another header": lambda path: path.write_bytes(padded(path.read_bytes())),
     "an archive": lambda path: path.write_bytes(b"PK\x03\x04" + bytes(400)),
     "flipped": flip,
+    "with a quote in the header": lambda path: path.write_bytes(
+        path.read_bytes().replace(b"'descr'", b"'descr(")
+    ),
     "missing": Path.unlink,
 }
 

@@ -3,7 +3,9 @@
 import bisect
 import functools
 import hashlib
+import io
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -83,21 +85,25 @@ class ShardWriter:
 
     def _begin(self) -> BinaryIO:
         self._file = shard_path(*self._place, len(self.shards)).open("wb")
-        self._write_header(self._file)
+        self._file.write(_header(self._dtype, 0))
         return self._file
 
     def _finish(self, file: BinaryIO) -> None:
         self._file = None
         with file:
             file.seek(0)
-            self._write_header(file)
+            file.write(_header(self._dtype, self._held))
         self.shards.append(Shard(self._held, _digest(Path(file.name))))
         self._held = 0
 
-    def _write_header(self, file: BinaryIO) -> None:
-        described = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._held,)}
-        np.lib.format.write_array_header_1_0(file, described)
-        assert file.tell() == _HEADER_BYTES
+
+def _header(dtype: "np.dtype[np.unsignedinteger]", tokens: int) -> bytes:
+    """What a file of tokens begins with; as long whatever their number is."""
+    file = io.BytesIO()
+    described = {"descr": dtype.str, "fortran_order": False, "shape": (tokens,)}
+    np.lib.format.write_array_header_1_0(file, described)
+    assert file.tell() == _HEADER_BYTES
+    return file.getvalue()
 
 
 def check_shard(
@@ -108,18 +114,15 @@ def check_shard(
     Args:
       whole: read all of it; otherwise only its length and dtype are compared.
     """
+    # Not parsed: NumPy has more errors for what is no header than one would think.
+    header = _header(dtype, shard.tokens)
     try:
-        tokens = np.lib.format.open_memmap(path, mode="r")
+        with path.open("rb") as file:
+            is_whole = file.read(len(header)) == header
+            is_whole &= file.seek(0, os.SEEK_END) == len(header) + shard.tokens * dtype.itemsize
     except FileNotFoundError:
         raise _not_as_prepared(path, "missing") from None
-    except ValueError:
-        tokens = None
-    if (
-        tokens is None
-        or (tokens.shape, tokens.dtype) != ((shard.tokens,), dtype)
-        or tokens.offset != _HEADER_BYTES
-        or (whole and _digest(path) != shard.sha256)
-    ):
+    if not is_whole or (whole and _digest(path) != shard.sha256):
         raise _not_as_prepared(path, "damaged")
 
 
