@@ -44,8 +44,8 @@ def _add_run(commands: Any) -> None:
         "SIGTERM and Ctrl-C end a run after the step it is at, which is saved.\n\n"
         "Settings are those of a run file, if one is given, whose stages follow one another; then\n"
         "those of options, which hold in all stages; else the defaults.\n\n"
-        "Checkpoints in RUN are native model directories: `glm5 --model RUN/step-N`, and\n"
-        "`glm5-convert to-hf RUN/step-N` publishes them.",
+        "Checkpoints in RUN are native model directories: `glm5 generate --model RUN/step-N`,\n"
+        "and `glm5-convert to-hf RUN/step-N` publishes them.",
     )
     command.add_argument("data", type=Path, metavar="DATA", help="made by `glm5-train prepare`")
     command.add_argument(

@@ -4,6 +4,7 @@ Keys are the settings' and hold for all stages; in each `[[stages]]` they hold f
 """
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +43,7 @@ def read_run_file(name: str) -> RunFile:
         raise InputError(f"{name}: is neither a file nor one of the run files {', '.join(READY)}")
     try:
         values = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of TOML, UTF-8, digits and nesting
         raise InputError(f"{path}: is not TOML: {error}") from None
     config = values.pop("config", None)
     if not isinstance(config, str | None):
@@ -96,6 +97,13 @@ def make_settings(stages: tuple[dict[str, Any], ...], given: Mapping[str, Any]) 
     return made
 
 
+def _to_float(value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # which settings will say
+        return math.inf if value > 0 else -math.inf
+
+
 def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Settings with values of their types."""
     unknown = sorted(values.keys() - _FIELDS)
@@ -108,7 +116,7 @@ def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name, value in values.items():
         kind = type(_FIELDS[name].default)
         if kind is float and type(value) is int:
-            value = float(value)
+            value = _to_float(value)
         if type(value) is not kind:
             expected = _EXPECTED[kind]
             raise InputError(f"{where}{name} is {value!r:.80}, expected {expected}")

@@ -8,6 +8,7 @@ from glm5_jax.errors import InputError
 from glm5_jax.inference.request import LARGEST_SEED
 
 _FLOAT32_END = 2.0**128  # training computes in float32, where this is infinity
+_INT32_END = 2**31  # and counts in int32
 
 
 def _setting(
@@ -109,7 +110,8 @@ class Settings:
     )
     profile: str = _setting(
         "",
-        "steps whose trace for xprof is written to RUN/profile, like 10-12; empty: none",
+        "steps whose trace for xprof is written to RUN/profile, like 10-12, up to the end of their "
+        "stage at most; empty: none",
         may_change=True,
     )
 
@@ -129,6 +131,8 @@ class Settings:
             _require(value >= 0, self, field.name, "at least 0")
             if isinstance(field.default, float):
                 _require(value < _FLOAT32_END, self, field.name, f"less than {_FLOAT32_END:.2g}")
+            elif field.name != "seed":
+                _require(value < _INT32_END, self, field.name, f"less than {_INT32_END}")
         _require(0 < self.decay_part <= 1, self, "decay_part", "more than 0 and at most 1")
         for name in ("mtp_weight_part", "balance_part"):
             _require(getattr(self, name) <= 1, self, name, "from 0 to 1")
@@ -198,14 +202,6 @@ class Settings:
     def smallest_batch(self) -> int:
         """Rows in the first batches."""
         return self.first_batch_size or self.batch_size
-
-    def lasting(self) -> dict[str, Any]:
-        """The settings that are the same from the first step of a run to the last."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if not field.metadata["may_change"]
-        }
 
 
 def _require(holds: bool, settings: Settings, name: str, expected: str) -> None:
