@@ -168,6 +168,8 @@ def test_a_trend_is_the_mean_of_what_is_known():
     long = values(*([1.0] * 60 + [3.0] * 60))  # 3 at a time
     smooth = long.smooth().values_N
     assert list(smooth[58:63]) == pytest.approx([1, 1, 5 / 3, 7 / 3, 3])
+    huge = long._replace(values_N=np.where(long.steps_N == 30, 1e18, long.values_N)).smooth()
+    assert np.flatnonzero(huge.values_N != smooth).tolist() == [29, 30, 31]
     gaps = long._replace(values_N=np.where(long.steps_N % 2, long.values_N, np.nan))
     np.testing.assert_allclose(gaps.smooth().values_N[[0, 119]], [1, 3])
 
@@ -192,6 +194,8 @@ def test_columns_have_the_steps_that_say_something():
         ("warmup", 3),
         ("sparse", 3),
     ]
+    again = [*records, *({**record, "stage_number": 4} for record in records[-2:])]
+    assert [len(span.records) for span in spans(again)] == [3, 3, 3, 2]
     np.testing.assert_array_equal(column(records, "loss").values_N[:2], [5, np.nan])
     first, second, _ = columns(records, "mtp_losses")
     assert first.steps_N.tolist() == [1, 2, 3, 7, 8, 9] and second.steps_N.tolist() == [7, 8, 9]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,12 +23,8 @@ class Column(NamedTuple):
         """The mean of each value and those of the last fiftieth of all before it."""
         width = 1 + len(self.values_N) // 50
         is_known_N = np.isfinite(self.values_N)
-        sums_N, counts_N = (
-            np.cumsum(part_N, dtype=np.float64)
-            for part_N in (np.where(is_known_N, self.values_N, 0), is_known_N)
-        )
-        for total_N in (sums_N, counts_N):
-            total_N[width:] = total_N[width:] - total_N[:-width]
+        sums_N = _last_sums(np.where(is_known_N, self.values_N, 0), width)
+        counts_N = _last_sums(is_known_N, width)
         means_N = np.divide(sums_N, counts_N, out=np.full_like(sums_N, np.nan), where=counts_N > 0)
         return Column(self.steps_N, means_N)
 
@@ -58,18 +55,17 @@ class Column(NamedTuple):
 class Span(NamedTuple):
     """Steps of one stage, one after the other."""
 
-    stage: str | None  # None in runs that say nothing of stages
+    stage: str | None  # what is learnt; None in runs that say nothing of stages
     records: list[Record]
 
 
 def spans(records: list[Record]) -> list[Span]:
     """Cuts a run at the borders of its stages."""
-    found: list[Span] = []
-    for record in records:
-        if not found or found[-1].stage != record.get("stage"):
-            found.append(Span(record.get("stage"), []))
-        found[-1].records.append(record)
-    return found
+
+    def stage(record: Record) -> tuple[Any, Any]:
+        return record.get("stage"), record.get("stage_number")
+
+    return [Span(name, list(part)) for (name, _), part in itertools.groupby(records, stage)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +101,21 @@ def columns(records: list[Record], name: str) -> list[Column]:
     return [
         Column(steps_N[rows_N], values_NX[rows_N, place]) for place, rows_N in enumerate(reaching)
     ]
+
+
+def _last_sums(values_N: np.ndarray, width: int) -> np.ndarray:
+    """The sum of each value and those before it, so many in all.
+
+    Differences of running sums would lose everything after one value that is huge: here a sum is
+    that of the end of one block of values and of the beginning of the next.
+    """
+    filled = np.pad(values_N.astype(np.float64), (width, -len(values_N) % width))
+    blocks_XW = filled.reshape(-1, width)
+    beginning = np.cumsum(blocks_XW, axis=1).reshape(-1)
+    end = np.cumsum(blocks_XW[:, ::-1], axis=1)[:, ::-1]
+    end[:, 0] = 0  # of a whole block, which is the beginning of itself
+    last_N = np.arange(width, width + len(values_N))
+    return beginning[last_N] + end.reshape(-1)[last_N - width + 1]
 
 
 def _steps(records: list[Record]) -> np.ndarray:

@@ -77,7 +77,7 @@ class Loop(NamedTuple):
                 batch_size = stage.batch_size(number - 1)
                 # While the devices compute.
                 batch = next_batch(rows, stage.batch_size(number), self.partition)
-                record = make_record(number, settings.stage, metrics)
+                record = make_record(number, stage, metrics)
                 record["tokens"] = stage.tokens(number)
                 seconds = time.perf_counter() - began
                 record |= self._speed(part, batch_size, seconds)

@@ -10,6 +10,7 @@ from typing import Any
 from glm5_jax.atomic import new_file
 from glm5_jax.errors import InputError
 from glm5_jax.strict_json import parse_json
+from train.stages import Stage
 from train.step import Metrics
 
 METRICS_NAME = "metrics.jsonl"
@@ -23,12 +24,13 @@ _LISTS = ("index_losses", "held_out_mtp_losses", "index_recall", "mtp_acceptance
 _MAY_BE_NULL = {"loss", "mtp_losses", "index_loss", "index_losses", "gradient_norm"}
 
 
-def make_record(step: int, stage: str, metrics: Metrics) -> dict[str, Any]:
-    """The numbers of a step."""
+def make_record(step: int, stage: Stage, metrics: Metrics) -> dict[str, Any]:
+    """The numbers of a step of a stage."""
     losses = metrics.losses
     record: dict[str, Any] = {
         "step": step,
-        "stage": stage,
+        "stage": stage.settings.stage,
+        "stage_number": stage.number,
         "loss": float(losses.next_token),
         "mtp_losses": [float(value) for value in losses.mtp_D],
         "index_loss": float(losses.indexers),
