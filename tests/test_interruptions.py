@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from glm5_jax.checkpoint import restore_checkpoint
+from glm5_jax.errors import InputError
 from glm5_jax.params import leaves_by_path
+from glm5_jax.tree_store import TreeReader
 from tests.killed import train_in_a_process
 from tests.test_train_command import RAW as LARGER
 from tests.text import prepare_data
@@ -205,6 +207,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert_same_end(run, whole)
 
 
+def test_a_damaged_config_is_no_other_model(workplace, whole, tmp_path, capsys):
+    run = copy(whole, tmp_path / "run", 8, 10)
+    config = run / "step-000010" / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size": ', '"hidden_size": 1'))
+    assert main(command(workplace, run)) == 0
+    assert f"{config}: not as it was written" in capsys.readouterr().err
+    assert_same_end(run, whole)
+
+
 def test_a_run_of_which_every_checkpoint_is_damaged_is_left_alone(
     workplace, whole, tmp_path, capsys
 ):
@@ -228,6 +239,29 @@ def test_a_run_of_other_stages_is_refused_unless_told(workplace, whole, tmp_path
     assert comparable(run)[:10] == comparable(whole)[:10]
     assert comparable(run)[11] != comparable(whole)[11]
     assert main(changed) == 0, "it has been written down"
+
+
+def test_a_changed_run_that_ends_before_it_is_saved_goes_on_as_changed(
+    workplace, whole, tmp_path, monkeypatch
+):
+    """It forgets what losses were usual before the change, whenever it begins."""
+    changed = ["--weight-decay", "0.5"]
+    unbroken, run = (copy(whole, tmp_path / name, 10) for name in ("unbroken", "run"))
+    assert main(command(workplace, unbroken, *changed, "--accept-changes")) == 0
+
+    def fail(*_):
+        raise InputError("killed")
+
+    monkeypatch.setattr(loop, "make_record", fail)
+    assert main(command(workplace, run, *changed, "--accept-changes")) == 2
+    monkeypatch.undo()
+    assert main(command(workplace, run, *changed)) == 0
+    assert_same_end(run, unbroken)
+    remembered = [
+        int(TreeReader(each / "step-000012" / "training").read("watch.remembered", ()))
+        for each in (whole, run)
+    ]
+    assert remembered == [4, 2]  # steps of the stage, and those since the change
 
 
 @pytest.mark.parametrize(

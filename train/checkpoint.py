@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from glm5_jax.atomic import new_directory
-from glm5_jax.checkpoint import restore_checkpoint, write_model
+from glm5_jax.checkpoint import PARAMS_NAME, restore_checkpoint, write_model
 from glm5_jax.chunks import layout
 from glm5_jax.config import Config
 from glm5_jax.errors import InputError
@@ -49,8 +49,14 @@ class Misfit(InputError):
     """A checkpoint is whole, and not one of such a run."""
 
 
-def save(run: Path, config: Config, state: TrainState, stage: Stage, text_from: Path) -> Path:
-    """Saves a state of a stage, whose arrays may be numpy's, under the number of its step."""
+def save(
+    run: Path, config: Config, state: TrainState, stage: Stage, text_from: Path, made_as: str
+) -> Path:
+    """Saves a state of a stage, whose arrays may be numpy's, under the number of its step.
+
+    Args:
+      made_as: what the run is, a digest.
+    """
     destination = path_of(run, int(state.step))
     with on_first(lambda: new_directory(destination)) as directory:
 
@@ -66,7 +72,7 @@ def save(run: Path, config: Config, state: TrainState, stage: Stage, text_from: 
         arrays = leaves_by_path(_beside(state))
         leaves = {leaf: layout(array.shape, array.dtype) for leaf, array in arrays.items()}
         if (file := folder(_STAGE_NAME)) is not None:
-            file.write_text(json.dumps(_place(stage)))
+            file.write_text(json.dumps(_place(stage) | {"made_as": made_as}))
         write_tree(folder(_BESIDE_NAME), arrays, leaves, beside=[_STAGE_NAME])
     return destination
 
@@ -91,7 +97,8 @@ def remove_old(run: Path, keep: int, stage_ends: Collection[int]) -> None:
     """Removes all checkpoints but the newest `keep` and those that a stage ended with."""
     for old in saved(run)[:-keep] if is_first() else ():
         if step_of(old) not in stage_ends:
-            shutil.rmtree(old)
+            # First it gets the name of what is unfinished, for then it is no checkpoint any more.
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial-removed")))
 
 
 def weights(directory: Path, config: Config, partition: Partition) -> Params:
@@ -105,6 +112,7 @@ def weights(directory: Path, config: Config, partition: Partition) -> Params:
 
 
 def _require_weights(directory: Path, config: Config) -> None:
+    TreeReader(directory / PARAMS_NAME)  # says so if the config is damaged
     held = read_model_config(directory).config
     shapes = [
         {path: spec.shape for path, spec in leaves_by_path(Glm5(each)).items()}
@@ -123,21 +131,28 @@ def _require_same_shapes(directory: Path, whose: str, found: Shapes, wanted: Sha
 
 
 def restore(
-    directory: Path, config: Config, stage: Stage, partition: Partition, template: TrainState
+    directory: Path,
+    config: Config,
+    stage: Stage,
+    partition: Partition,
+    template: TrainState,
+    made_as: str,
 ) -> TrainState:
     """Restores a state, whatever mesh it was saved from.
 
     Args:
       template: the state as `abstract_state` gives it.
+      made_as: what the run is now. If it was another, other losses are usual from here on.
 
     Raises:
       Misfit: the checkpoint is not one of such weights, such an optimizer or that stage.
       InputError: it is damaged.
     """
     reader = TreeReader(directory / _BESIDE_NAME)
-    found = read_json(directory / _STAGE_NAME)
-    if found != _place(stage):
-        raise Misfit(f"{directory}: is of {found}, expected {_place(stage)}")
+    written, wanted = read_json(directory / _STAGE_NAME), _place(stage)
+    found = {name: written.get(name) for name in wanted}
+    if found != wanted:
+        raise Misfit(f"{directory}: is of {found}, expected {wanted}")
     beside = _beside(template)
     _require_same_shapes(
         reader.directory,
@@ -156,5 +171,8 @@ def restore(
     restored = jax.tree_util.tree_map_with_path(
         lambda keys, leaf: reader.restore(leaf_path(keys), leaf.sharding), beside
     )
+    if written.get("made_as") != made_as:
+        with jax.set_mesh(partition.mesh):
+            restored["watch"] = restored["watch"].forgetting()
     step = put(np.array(step_of(directory), np.int32), partition.mesh, PartitionSpec())
     return TrainState(step, params, average=average, **restored)

@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from glm5_jax.atomic import new_directory, new_file
 from glm5_jax.config import Config
@@ -19,6 +20,12 @@ from glm5_jax.strict_json import read_json
 from train.settings import Settings
 
 RUN_NAME = "run.json"
+WriteDown = Callable[[], None]
+
+# The settings that are the same from the first step of a run to the last.
+_LASTING = tuple(
+    field.name for field in dataclasses.fields(Settings) if not field.metadata["may_change"]
+)
 
 
 def describe(
@@ -33,23 +40,25 @@ def describe(
     }
 
 
-class Claim(NamedTuple):
-    """A run that this process may train."""
-
-    is_changed: bool  # in what its steps depend on
-    write: Callable[[], None]  # writes its description down
+def digest(description: dict[str, Any]) -> str:
+    """Of all in a description that steps depend on."""
+    stages = [{name: stage[name] for name in _LASTING} for stage in description["stages"]]
+    lasting = json.dumps(description | {"stages": stages}, sort_keys=True)
+    return hashlib.sha256(lasting.encode()).hexdigest()[:24]
 
 
 @contextlib.contextmanager
-def claimed(run: Path, description: dict[str, Any], accept_changes: bool) -> Iterator[Claim]:
+def claimed(run: Path, description: dict[str, Any], accept_changes: bool) -> Iterator[WriteDown]:
     """Makes a run's folder, or compares what it was with what it is to be.
 
     What a process that was killed left half-written there is removed. While in the body, no other
     process of this machine can claim it.
 
     Args:
-      accept_changes: let it be another run than the one that was written down. What it is now is
-        written when the body asks for it, once it is sure to go on.
+      accept_changes: let it be another run than the one that was written down.
+
+    Yields:
+      What writes down what the run is now, to be called once it is sure to go on.
 
     Raises:
       InputError: the folder is no run's, the run was another, or is claimed already.
@@ -77,7 +86,7 @@ def claimed(run: Path, description: dict[str, Any], accept_changes: bool) -> Ite
 
         for unfinished in run.glob(".*.partial-*"):
             shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
-        yield Claim(bool(changes), write)
+        yield write
 
 
 @contextlib.contextmanager
@@ -108,11 +117,10 @@ def _changes(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> list[
         raise InputError(f"{path}: stages is {stages!r:.80}, expected a list")
     if len(stages) != len(wanted["stages"]):
         return [*changes, f"{len(stages)} stages, not {len(wanted['stages'])}"]
-    lasting = [field.name for field in dataclasses.fields(Settings) if _is_lasting(field)]
     for number, (before, now) in enumerate(zip(stages, wanted["stages"], strict=True), start=1):
         of_stage = f"stage {number} " if len(stages) > 1 else ""
         settings = _object(before, f"{path}: a stage")
-        differences = _differences(settings, {name: now[name] for name in lasting}, path)
+        differences = _differences(settings, {name: now[name] for name in _LASTING}, path)
         changes += [of_stage + difference for difference in differences]
     return changes
 
@@ -128,10 +136,6 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> l
         for key, value in wanted.items()
         if found[key] != value
     ]
-
-
-def _is_lasting(field: "dataclasses.Field[Any]") -> bool:
-    return not field.metadata["may_change"]
 
 
 def _object(value: Any, what: str) -> dict[str, Any]:

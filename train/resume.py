@@ -1,5 +1,6 @@
 """Where a run goes on."""
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 from shutil import rmtree
@@ -20,13 +21,9 @@ from train.state import TrainState, abstract_state
 _LONGEST_WAIT = 300  # seconds that processes wait for each other
 
 
-def meet(run: Path, data: Data, config: Config, changed: bool) -> bool:
-    """Returns once the run is claimed, and all processes agree on what they see.
-
-    Args:
-      changed: in the first process, whether the run is not what it was; all are told.
-    """
-    first, *_ = said_by_all("run is claimed", "changed" if changed else "", _LONGEST_WAIT)
+def meet(run: Path, data: Data, config: Config) -> None:
+    """Returns once the run is claimed, and all processes agree on what they see."""
+    said_by_all("run is claimed", "", _LONGEST_WAIT)
     saved = checkpoint.saved(run)
     seen = {
         f"{run / RUN_NAME}": "there" if (run / RUN_NAME).exists() else "missing",
@@ -35,22 +32,24 @@ def meet(run: Path, data: Data, config: Config, changed: bool) -> bool:
         f"the digest of {data.directory}": data.digest,
     }
     require_same("run", seen, _LONGEST_WAIT)
-    return first == "changed"
 
 
 def resume(
-    run: Path, config: Config, parts: Sequence[Part], partition: Partition
+    run: Path, config: Config, parts: Sequence[Part], partition: Partition, made_as: str
 ) -> TrainState | None:
     """The state of the newest checkpoint that is whole; None if there is no checkpoint.
 
     Those that are damaged are named, and put aside once another is found to go on from.
+
+    Args:
+      made_as: what the run is, a digest.
 
     Raises:
       InputError: all are damaged, or one is not of such a run.
     """
     damaged: dict[Path, str] = {}
     for path in reversed(checkpoint.saved(run)):
-        state, trouble = _try_to_restore(path, config, parts, partition)
+        state, trouble = _try_to_restore(path, config, parts, partition, made_as)
         told = said_by_all(f"restored {path.name}", trouble, _LONGEST_WAIT)
         if state is not None and not any(told):
             for bad, why in damaged.items():
@@ -68,7 +67,7 @@ def resume(
 
 
 def _try_to_restore(
-    path: Path, config: Config, parts: Sequence[Part], partition: Partition
+    path: Path, config: Config, parts: Sequence[Part], partition: Partition, made_as: str
 ) -> tuple[TrainState | None, str]:
     """The state of a checkpoint, or what is damaged in it."""
     step = checkpoint.step_of(path)
@@ -76,11 +75,16 @@ def _try_to_restore(
         if part.stage.first < step <= part.stage.end:
             template = abstract_state(config, part.recipe, partition)
             try:
-                return checkpoint.restore(path, config, part.stage, partition, template), ""
+                state = checkpoint.restore(path, config, part.stage, partition, template, made_as)
+                return state, ""
             except checkpoint.Misfit:
                 raise
             except InputError as error:
                 return None, str(error)
+            except OSError as error:
+                if error.errno != errno.EIO:  # the disk's; others are no damage
+                    raise
+                return None, f"{path}: {error.strerror}"
     raise InputError(f"{path}: is beyond the {parts[-1].stage.end} steps of the run")
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 from rich.progress import TextColumn
 
 from glm5_jax.config import Config
@@ -17,7 +16,7 @@ from glm5_jax.mesh import announcement
 from glm5_jax.processes import is_first, on_first
 from glm5_jax.sharding import Partition
 from train import checkpoint
-from train.claim import claimed, describe
+from train.claim import claimed, describe, digest
 from train.data import Data
 from train.evaluation import Evaluation
 from train.fit import require_fit
@@ -75,17 +74,16 @@ def train(
     if initial is not None and not checkpoint.saved(run):
         params = checkpoint.weights(initial, config, partition)
     description = describe(config, stages, data.digest, initial)
+    made_as = digest(description)
     with contextlib.ExitStack() as stack:
-        claim = stack.enter_context(on_first(lambda: claimed(run, description, accept_changes)))
-        changed = meet(run, data, config, claim is not None and claim.is_changed)
+        claim = on_first(lambda: claimed(run, description, accept_changes))
+        write_down = stack.enter_context(claim)
+        meet(run, data, config)
         if partition.mesh.size > 1:
             notice(announcement(partition.mesh))
-        state = resume(run, config, parts, partition)
-        if claim is not None:
-            claim.write()
-        if state is not None and changed:  # other losses are usual from here on
-            with jax.set_mesh(partition.mesh):
-                state = dataclasses.replace(state, watch=state.watch.forgetting())
+        state = resume(run, config, parts, partition, made_as)
+        if write_down is not None:
+            write_down()
         if state is None:
             if is_first():
                 (run / METRICS_NAME).unlink(missing_ok=True)
@@ -98,7 +96,7 @@ def train(
         log = stack.enter_context(on_first(lambda: (run / METRICS_NAME).open("a")))
         sinks = stack.enter_context(on_first(sinks_of_run))
         asked = stack.enter_context(asked_to_stop(partition.mesh))
-        saver = stack.enter_context(saving(run, config, data.directory, ends))
+        saver = stack.enter_context(saving(run, config, data.directory, ends, made_as))
         bar = progress("train", max(ends), TextColumn("{task.fields[shown]}"), shown="compiles")
         advance = stack.enter_context(bar)
         advance(int(state.step))

@@ -18,9 +18,16 @@ from train.state import TrainState
 class Saver:
     """Saves states of a run one at a time, in the background where that is possible."""
 
-    def __init__(self, run: Path, config: Config, text_from: Path, stage_ends: Collection[int]):
+    def __init__(
+        self,
+        run: Path,
+        config: Config,
+        text_from: Path,
+        stage_ends: Collection[int],
+        made_as: str,
+    ):
         self._run, self._config, self._text_from = run, config, text_from
-        self._stage_ends = stage_ends
+        self._stage_ends, self._made_as = stage_ends, made_as
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "saver")
         self._writing: concurrent.futures.Future[None] | None = None
 
@@ -54,19 +61,19 @@ class Saver:
             writing.result()
 
     def _write(self, state: TrainState, stage: Stage) -> None:
-        checkpoint.save(self._run, self._config, state, stage, self._text_from)
+        checkpoint.save(self._run, self._config, state, stage, self._text_from, self._made_as)
         checkpoint.remove_old(self._run, stage.settings.keep, self._stage_ends)
 
 
 @contextlib.contextmanager
 def saving(
-    run: Path, config: Config, text_from: Path, stage_ends: Collection[int]
+    run: Path, config: Config, text_from: Path, stage_ends: Collection[int], made_as: str
 ) -> Iterator[Saver]:
     """Yields what saves states; when the body is left, all of them are saved.
 
     If the body fails, what it fails of is raised, and an error of saving is shown.
     """
-    saver = Saver(run, config, text_from, stage_ends)
+    saver = Saver(run, config, text_from, stage_ends, made_as)
     try:
         yield saver
     except BaseException:
