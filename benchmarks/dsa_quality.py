@@ -2,8 +2,8 @@
 
 `python -m benchmarks.dsa_quality --results benchmarks/results`. The sparse branch is the run of
 `benchmarks.cpu_small`. The dense one leaves it at the end of the warm-up, which moves no weight
-but the indexers', and reads the same rows with the same settings: only what tokens attend to
-differs.
+but the indexers', and reads the same rows with the same settings: what tokens attend to differs,
+and that the norm by which gradients are clipped counts the indexers', too.
 """
 
 import json
