@@ -1,4 +1,7 @@
-"""Runs `glm5 plan` for the published model on pods: whether it fits, how long that takes to say."""
+"""Plans of the published model on pods, and of the run files that are for accelerators.
+
+Whether they fit, and what saying so takes here.
+"""
 
 import argparse
 import subprocess
@@ -7,33 +10,36 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.commands import NAMES
 from benchmarks.output import write_results
 
 _PLANS = (
-    ("glm-5", "--topology", "v6e:16x16", "--job", "decode"),
-    ("glm-5.2", "--topology", "v5p:8x8x8", "--job", "prefill", "--context", "131072"),
-    ("glm-5", "--topology", "v5p:8x8x16", "--job", "train"),
+    ("glm5_jax", "glm-5", "--topology", "v6e:16x16", "--job", "decode"),
+    ("glm5_jax", "glm-5.2", "--topology", "v5p:8x8x8", "--job", "prefill", "--context", "131072"),
+    ("glm5_jax", "glm-5", "--topology", "v5p:8x8x16", "--job", "train"),
+    ("train", "single-h200", "--topology", "h200:1"),
+    ("train", "v5p-64", "--topology", "v5p:4x4x2"),
 )
 # The program, with its peak of memory on the last line of standard error.
 _PROGRAM = (
-    "import resource, sys; from glm5_jax.__main__ import main; status = main(); "
+    "import resource, sys; from {module}.__main__ import main; status = main(); "
     "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr); sys.exit(status)"
 )
 
 
-def run(arguments: tuple[str, ...]) -> dict[str, Any]:
+def run(module: str, *arguments: str) -> dict[str, Any]:
     """Runs one plan; returns what it printed, and what it took."""
-    began = time.perf_counter()
+    command, began = f"{NAMES[module]} plan {' '.join(arguments)}", time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, "plan", *arguments],
+        [sys.executable, "-c", _PROGRAM.format(module=module), "plan", *arguments],
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
-        raise SystemExit(f"glm5 plan {' '.join(arguments)}: {done.stderr}")
+        raise SystemExit(f"{command}: {done.stderr}")
     return {
-        "command": f"glm5 plan {' '.join(arguments)}",
+        "command": command,
         "output": done.stdout.rstrip(),
         "seconds": round(time.perf_counter() - began, 1),
         "peak_mib": round(int(done.stderr.split()[-1]) / 1024),
@@ -47,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     rows, lines = [], []
     for plan in _PLANS:
-        rows.append(row := run(plan))
+        rows.append(row := run(*plan))
         lines += [f"`{row['command']}`", "", "```", row["output"], "```", ""]
         lines += [f"{row['seconds']:.0f} s and {row['peak_mib']:,} MiB of memory here.", ""]
         print("\n".join(lines[-8:]), flush=True)
