@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
             "tokens": run.records[-1]["tokens"],
             "held_out_loss": run.evaluations[-1]["held_out_loss"],
             "bits_per_byte": run.evaluations[-1]["bits_per_byte"],
-            "minutes": round(place.seconds(name) / 60, 1),
+            "minutes": round(run.made["seconds"] / 60, 1),
         }
         for name, run in zip(names, runs, strict=True)
     ]
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     def draw(path: Path) -> None:
         shutil.copyfile(picture, path)
 
-    publish(args.results, "cpu_small", rows, lines, draw)
+    publish(place, args.results, "cpu_small", rows, lines, draw)
     return 1 if found else 0
 
 

@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     def draw(path: Path) -> None:
         _draw(sparse, dense, stages, names, path)
 
-    publish(args.results, "dsa_quality", rows, lines, draw)
+    publish(place, args.results, "dsa_quality", rows, lines, draw)
     return 0 if holds else 1
 
 

@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     title = "Tokens per step of the main model, greedily, after prompts of held-out code."
     lines = [title, "", *table(head, cells), "", verdict]
-    publish(args.results, "mtp", rows, lines, lambda path: _draw(rows, path))
+    publish(place, args.results, "mtp", rows, lines, lambda path: _draw(rows, path))
     return 0 if holds else 1
 
 

@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"{_NAMES[optimizer]}, {row['learning_rate']:g}": runs[optimizer, row["learning_rate"]]
         for optimizer, row in best.items()
     }
-    publish(args.results, "muon", rows, lines, lambda path: _draw(shown, path))
+    publish(place, args.results, "muon", rows, lines, lambda path: _draw(shown, path))
     return 0
 
 

@@ -19,20 +19,29 @@ def describe_machine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
 def write_results(
-    folder: Path, name: str, command: str, rows: list[dict[str, Any]], table: list[str], *more: str
+    folder: Path,
+    name: str,
+    command: str,
+    rows: list[dict[str, Any]],
+    table: list[str],
+    *more: str,
+    runs: dict[str, dict[str, Any]] | None = None,
 ) -> None:
     """Writes `name.json`, and a table for readers as `name.md`.
 
     Args:
       more: packages beside the usual whose versions matter.
+      runs: what the numbers are of, if it was made earlier: by name, how.
     """
     machine = describe_machine() | {package: version(package) for package in more}
     report = {"command": command, "machine": machine, "rows": rows}
+    if runs is not None:
+        report["runs"] = runs
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
     (folder / f"{name}.md").write_text("\n".join(table) + "\n")
@@ -45,7 +54,8 @@ def _processor() -> str:
     return platform.machine()
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The one that is checked out, and whether files differ from it."""
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )

@@ -2,14 +2,18 @@
 
 import argparse
 import dataclasses
+import json
+import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import run_command
-from benchmarks.output import write_results
+from benchmarks.output import commit, write_results
 from train.checkpoint import path_of
 from train.metrics import METRICS_NAME, read_metrics
 
@@ -46,6 +50,18 @@ class Run:
         return path_of(self.directory, self.records[-1]["step"])
 
     @property
+    def made(self) -> dict[str, Any]:
+        """How: seconds of all commands that took its steps, commits they ran at, Python's version.
+
+        A command that was killed with the benchmark itself is not among them.
+        """
+        path = _made_path(self.directory)
+        if not path.exists():
+            return {"seconds": 0.0, "commits": [], "python": platform.python_version()}
+        made: dict[str, Any] = json.loads(path.read_text())
+        return made
+
+    @property
     def seconds_per_step(self) -> float:
         """The median, of steps that all read as many tokens."""
         tokens = self.records[0]["tokens"]
@@ -62,6 +78,7 @@ class Workplace:
           max_bytes: of it to use at most.
         """
         self.folder, self.data = folder, folder / "data"
+        self.runs: dict[str, dict[str, Any]] = {}  # that were asked for, and how they were made
         if not self.data.exists():
             limit = () if max_bytes is None else ("--max-bytes", max_bytes)
             run_command("train", "prepare", self.data, "--vocab-size", VOCAB_SIZE, *limit)
@@ -69,23 +86,23 @@ class Workplace:
     def train(self, name: str, *options: str, **settings: object) -> Run:
         """Trains the run of a name with options and settings, or goes on training it."""
         directory = self.folder / name
-        begun, before = time.perf_counter(), _steps(directory)
+        begun, before, made = time.perf_counter(), _steps(directory), Run(directory, []).made
         words = [word for key, value in settings.items() for word in (_option(key), value)]
+        at = commit()
         try:
             run_command("train", "run", self.data, directory, *options, *words)
         finally:
             if _steps(directory) != before:
-                seconds = self.seconds(name) + time.perf_counter() - begun
-                self._clock(name).write_text(f"{seconds:.1f}\n")
-        return Run(directory, read_metrics(directory / METRICS_NAME))
+                made["seconds"] += round(time.perf_counter() - begun, 1)
+                made["commits"] = list(dict.fromkeys([*made["commits"], at]))
+                _made_path(directory).write_text(json.dumps(made) + "\n")
+        run = Run(directory, read_metrics(directory / METRICS_NAME))
+        self.runs[name] = run.made
+        return run
 
-    def seconds(self, name: str) -> float:
-        """How long the run of a name took, in all the commands that took its steps."""
-        clock = self._clock(name)
-        return float(clock.read_text()) if clock.exists() else 0.0
 
-    def _clock(self, name: str) -> Path:
-        return self.folder / f"{name}.seconds"
+def _made_path(directory: Path) -> Path:
+    return directory.with_name(f"{directory.name}.json")
 
 
 def _option(key: str) -> str:
@@ -111,6 +128,7 @@ def command_parser(meaning: str | None) -> argparse.ArgumentParser:
 
 
 def publish(
+    place: Workplace,
     results: Path | None,
     name: str,
     rows: list[dict[str, Any]],
@@ -120,8 +138,8 @@ def publish(
     """Prints the lines, and writes them, the rows and a picture to the folder if there is one."""
     print("\n".join(["", *lines]), flush=True)
     if results is not None:
-        command = f"python -m benchmarks.{name} --results benchmarks/results"
-        write_results(results, name, command, rows, lines)
+        command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
+        write_results(results, name, command, rows, lines, runs=place.runs)
         draw(results / f"{name}.png")
 
 

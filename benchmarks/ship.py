@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 from benchmarks.commands import run_command
-from benchmarks.output import describe_machine
 from benchmarks.runs import Run
 from train.claim import RUN_NAME
 from train.metrics import METRICS_NAME, read_metrics
@@ -38,15 +37,15 @@ Made by `glm5-train prepare DATA --vocab-size 2048`, `glm5-train run DATA RUN --
 
 def card(run: Run, name: str) -> str:
     """What the model is and how well it does."""
-    machine, last = describe_machine(), run.evaluations[-1]
+    last = run.evaluations[-1]
     stages = json.loads((run.directory / RUN_NAME).read_text())["stages"]
     return _CARD.format(
         name=name,
         parameters=_num_parameters(run.checkpoint),
         tokens=last["tokens"],
-        python=machine["python"],
+        python=run.made["python"],
         stages=", ".join(f"{stage['stage']} {stage['steps']} steps" for stage in stages),
-        commit=machine["commit"],
+        commit=", ".join(run.made["commits"]),
         loss=last["held_out_loss"],
         bits=last["bits_per_byte"],
         accepted=", ".join(f"{share:.2f}" for share in last["mtp_acceptance"]),
