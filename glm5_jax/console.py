@@ -74,6 +74,22 @@ def run_command(parser: Parser, arguments: Sequence[str] | None) -> int:
             text = f"{error.filename}: {error.strerror}"
         print(f"{parser.prog}: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if (why := _out_of_memory(error)) is None:
+            raise
+        print(f"{parser.prog}: error: {why}", file=sys.stderr)
+        return 2
+
+
+def _out_of_memory(error: BaseException) -> str | None:
+    """What to say of an error if it is that of a device whose memory did not do.
+
+    By name, as JAX is not loaded for it.
+    """
+    if type(error).__name__ != "JaxRuntimeError" or "RESOURCE_EXHAUSTED" not in str(error):
+        return None
+    why = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(".")
+    return f"{why:.200}; expected a model, batch and length that the devices have memory for"
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -43,6 +44,26 @@ def test_a_bar_shows_its_fields_from_the_start(terminal, capsys):
     with console.progress("work", 3, column, done=0) as advance:
         advance(1, done=1)
     assert "1 of them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "is_told"),
+    [("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.", True), ("INTERNAL: x", False)],
+)
+def test_memory_that_does_not_do_is_one_line(capsys, text, is_told):
+    def run(_):
+        raise jax.errors.JaxRuntimeError(text)
+
+    parser, commands = console.command_parser("glm5", "Does.")
+    console.add_command(commands, "work", run, "Works.")
+    if not is_told:
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            console.run_command(parser, ["work"])
+        return
+    assert console.run_command(parser, ["work"]) == 2
+    expected = "glm5: error: Out of memory allocating 5 bytes; expected a model, batch and length"
+    error = capsys.readouterr().err
+    assert error.startswith(expected) and error.count("\n") == 1
 
 
 def test_work_goes_on_if_nobody_reads_what_it_tells(monkeypatch):
