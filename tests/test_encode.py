@@ -39,6 +39,15 @@ def test_few_documents_leave_at_least_one_for_each_split(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("held_out", [True, False])
+def test_of_few_documents_most_text_is_to_train_on(tmp_path, held_out):
+    texts = [f"x = {n}\n" * times for n, times in enumerate((3, 90, 2))]
+    source = iter([Document(f"{n}.py", text, held_out) for n, text in enumerate(texts)])
+    data = prepare({"a": source}, tmp_path / "data", 300, None)
+    long = data.tokens("train", "a")
+    assert len(long) > 9 * data.num_tokens("held_out", "a")
+
+
+@pytest.mark.parametrize("held_out", [True, False])
 def test_a_source_of_one_document_is_refused(tmp_path, held_out):
     sources = {"a": iter(documents(TEXTS)), "b": iter([Document("b", "x", held_out)])}
     with pytest.raises(InputError, match="source 'b' has 1 document, expected at least 2"):

@@ -84,7 +84,8 @@ class Page(html.parser.HTMLParser):
 
 
 def test_a_run_of_stages_is_drawn_and_summed_up(tmp_path):
-    origin = {"settings": {"steps": 9}, "config": {"num_hidden_layers": 1}}
+    settings = [{"stage": name, "steps": 3} for name in ("dense", "warmup", "sparse")]
+    origin = {"stages": settings, "config": {"num_hidden_layers": 1}}
     run = write_run(tmp_path / "run", stages(), origin)
     lines = dict(line.split("  ", 1) for line in report(run).splitlines())
     facts = {label: value.strip() for label, value in lines.items()}

@@ -88,8 +88,16 @@ def test_a_config_is_looked_for_beside_the_run_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("steps = 1\nrate = 2\nsize = 3", "unknown keys rate, size, expected config, stages, or"),
+        (
+            "steps = 1\nrate = 2\nsize = 3",
+            "unknown keys rate, size, expected some of config, stages",
+        ),
         ("[[stages]]\n[[stages]]\nstep = 1", "stage 2: unknown keys step"),
+        ("lenght = 3\nlearning-rate = 1", "unknown keys learning-rate, lenght, expected learning_"),
+        (
+            "[[stages]]\nconfig = 'demo'",
+            "stage 1: unknown keys config, expected some of stage,",
+        ),
         ("steps = 1.5", "steps is 1.5, expected a whole number"),
         ("steps = true", "steps is True, expected a whole number"),
         ("clip = 'a'", "clip is 'a', expected a number"),

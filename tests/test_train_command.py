@@ -167,6 +167,8 @@ def test_the_report_draws_and_sums_up(finished, capsys):
         (["--config", "{}/no_mtp.json"], "mtp_depth is 1, expected 0"),
         (["--config", "{}/small.json"], "has 300 tokens, expected at most"),
         (["--seed", "4294967296"], "seed is 4294967296, expected less than 4294967296"),
+        (["--from", "{}/data"], "data: is no native checkpoint"),
+        (["--warmup-steps", "50", "--mixture", "x=1"], "mixture names 'x', expected"),
     ],
 )
 def test_a_run_that_cannot_be_is_one_line_and_leaves_nothing(workplace, capsys, options, named):
@@ -180,6 +182,25 @@ def test_a_run_that_cannot_be_is_one_line_and_leaves_nothing(workplace, capsys, 
 def test_a_run_goes_on_with_its_own_settings_only(workplace, finished, capsys):
     assert train(workplace, finished, 7, "--weight-decay", "0.5") == 2
     assert "was started with weight_decay 0.1" in capsys.readouterr().err
+
+
+def test_a_run_that_saved_nothing_may_begin_with_other_settings(workplace, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+
+    def fail(*_):
+        raise InputError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.loop.make_record", fail)
+        assert train(workplace, run, 3) == 2
+    assert sorted(path.name for path in run.iterdir()) == ["metrics.jsonl", "run.json"]
+    assert train(workplace, run, 2, "--weight-decay", "0.5") == 0
+    assert json.loads((run / "run.json").read_text())["stages"][0]["weight_decay"] == 0.5
+
+
+def test_data_that_are_none_are_named(workplace, tmp_path, capsys):
+    assert main(["run", str(tmp_path), str(tmp_path / "run"), "--config", "demo"]) == 2
+    assert f"error: {tmp_path}: has no data.json, expected what" in capsys.readouterr().err
 
 
 def test_settings_that_no_number_depends_on_may_change(workplace, finished):

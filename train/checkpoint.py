@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from glm5_jax.atomic import new_directory
-from glm5_jax.checkpoint import PARAMS_NAME, restore_checkpoint, write_model
+from glm5_jax.checkpoint import PARAMS_NAME, is_native, restore_checkpoint, write_model
 from glm5_jax.chunks import layout
 from glm5_jax.config import Config
 from glm5_jax.errors import InputError
@@ -105,8 +105,10 @@ def weights(directory: Path, config: Config, partition: Partition) -> Params:
     """The weights of a native checkpoint, in float32, to start another run with.
 
     Raises:
-      InputError: it is damaged, or of a model with other weights.
+      InputError: it is none, damaged, or of a model with other weights.
     """
+    if not is_native(directory):
+        raise InputError(f"{directory}: is no native checkpoint, expected one")
     _require_weights(directory, config)
     return leaves_by_path(restore_checkpoint(directory, "float32", partition))
 

@@ -55,7 +55,8 @@ def claimed(run: Path, description: dict[str, Any], accept_changes: bool) -> Ite
     process of this machine can claim it.
 
     Args:
-      accept_changes: let it be another run than the one that was written down.
+      accept_changes: let it be another run than the one that was written down, though there are
+        checkpoints of that.
 
     Yields:
       What writes down what the run is now, to be called once it is sure to go on.
@@ -71,12 +72,13 @@ def claimed(run: Path, description: dict[str, Any], accept_changes: bool) -> Ite
     with _locked(run):
         found = read_json(run / RUN_NAME)
         changes = _changes(found, description, run / RUN_NAME)
-        if changes and not accept_changes:
+        has_begun = any(run.glob("step-*"))  # else there is nothing to go on with
+        if changes and has_begun and not accept_changes:
             raise InputError(
                 f"{run / RUN_NAME}: the run was started with {'; '.join(changes)}; expected the "
                 "same, or --accept-changes"
             )
-        if changes:
+        if changes and has_begun:
             notice(f"{run}: goes on otherwise than it was started, with {'; '.join(changes)}")
 
         def write() -> None:

@@ -89,6 +89,8 @@ class Data:
           InputError: it is not one, or its files are not those that were written.
         """
         self.directory = directory
+        if not (directory / META_NAME).is_file():
+            raise InputError(f"{directory}: has no {META_NAME}, expected what prepare made")
         meta = read_json(directory / META_NAME)
         where = f"{directory / META_NAME}: "
         if meta.get("format") != FORMAT:

@@ -93,10 +93,13 @@ def _head(name: str, documents: Iterator[Document], size: int) -> list[Document]
             break
     if len(head) < 2:
         raise InputError(
-            f"source {name!r} has 1 document, expected at least 2: one to train on, one held out"
+            f"source {name!r} has 1 document, expected at least 2: one to train on, one held out; "
+            "documents are files, and lines of .jsonl"
         )
     if len({document.held_out for document in head}) == 1:  # chance gave all to one split
-        head[0] = head[0]._replace(held_out=not head[0].held_out)
+        choose = max if head[0].held_out else min  # most text is to train on
+        moved = choose(range(len(head)), key=lambda number: len(head[number].text))
+        head[moved] = head[moved]._replace(held_out=not head[moved].held_out)
     return head
 
 

@@ -134,9 +134,12 @@ def _draw(history: History, folder: Path) -> str:
 
 
 def _origin(origin: Mapping[str, Any]) -> str:
-    """What `run.json` says, a table for each of its parts."""
-    parts = []
-    for name, values in origin.items():
+    """What `run.json` says, a table for each of its parts and for each stage."""
+    parts, named = [], dict(origin)
+    if isinstance(stages := origin.get("stages"), list):
+        del named["stages"]
+        named = {f"stage {number}": each for number, each in enumerate(stages, start=1)} | named
+    for name, values in named.items():
         values = values if isinstance(values, dict) else {name: values}
         rows = {key: json.dumps(value) for key, value in values.items()}
         parts.append(

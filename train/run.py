@@ -69,6 +69,7 @@ def train(
     _require_alike(stages)
     one = stages[0]
     parts = [_prepare(stage, data, config, partition) for stage in plan_stages(stages)]
+    _tell(stages)
     config = dataclasses.replace(config, eos_ids=(data.end_id,), pad_id=data.end_id)
     params = None
     if initial is not None and not checkpoint.saved(run):
@@ -149,6 +150,10 @@ def _require_alike(stages: Sequence[Settings]) -> None:
     profiled = stages[0].profiled()
     if profiled and profiled[-1] > steps:
         raise InputError(f"profile is {stages[0].profile}, expected steps up to {steps}")
+
+
+def _tell(stages: Sequence[Settings]) -> None:
+    """Tells what is allowed and seldom meant."""
     for number, settings in enumerate(stages, start=1):
         if settings.warmup_steps >= settings.steps:
             notice(

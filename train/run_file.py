@@ -4,6 +4,7 @@ Keys are the settings' and hold for all stages; in each `[[stages]]` they hold f
 """
 
 import dataclasses
+import difflib
 import math
 import tomllib
 from collections.abc import Mapping
@@ -53,7 +54,7 @@ def read_run_file(name: str) -> RunFile:
     stages = values.pop("stages", [{}])
     if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) for s in stages):
         raise InputError(f"{path}: stages is {stages!r:.80}, expected tables [[stages]]")
-    common = _checked(values, f"{path}: ")
+    common = _checked(values, f"{path}: ", "config", "stages")
     return RunFile(
         config,
         tuple(
@@ -104,14 +105,14 @@ def _to_float(value: int) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Settings with values of their types."""
-    unknown = sorted(values.keys() - _FIELDS)
+def _checked(values: Mapping[str, Any], where: str, *others: str) -> dict[str, Any]:
+    """Settings with values of their types; `others` are keys that might have been meant."""
+    unknown, known = sorted(values.keys() - _FIELDS), [*others, *_FIELDS]
     if unknown:
-        raise InputError(
-            f"{where}unknown keys {', '.join(unknown)}, expected config, stages, or of "
-            f"{', '.join(_FIELDS)}"
-        )
+        near = [difflib.get_close_matches(key.replace("-", "_"), known, 1, 0.8) for key in unknown]
+        meant = ", ".join(found[0] for found in near if found)
+        listed = meant if all(near) else f"some of {', '.join(known)}"
+        raise InputError(f"{where}unknown keys {', '.join(unknown)}, expected {listed}")
     checked = {}
     for name, value in values.items():
         kind = type(_FIELDS[name].default)

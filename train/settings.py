@@ -164,7 +164,12 @@ class Settings:
             f"at most the learning_rate {self.learning_rate}",
         )
         _require(self.seed <= LARGEST_SEED, self, "seed", f"less than {LARGEST_SEED + 1}")
-        _require(self.length > 1 + self.mtp_depth, self, "length", "more than 1 + mtp_depth")
+        _require(
+            self.length > 1 + self.mtp_depth,
+            self,
+            "length",
+            f"more than 1 + mtp_depth, {1 + self.mtp_depth}",
+        )
         _require(
             self.stage != "warmup" or self.index_weight > 0,
             self,
@@ -195,7 +200,7 @@ class Settings:
         first, _, last = self.profile.partition("-")
         ends = [int(part) if part.isdecimal() else 0 for part in (first, last)]
         is_range = 1 <= ends[0] <= ends[1]
-        _require(is_range, self, "profile", "FIRST-LAST, the numbers of two steps")
+        _require(is_range, self, "profile", "FIRST-LAST, the numbers of two steps in order")
         return range(ends[0], ends[1] + 1)
 
     @property
