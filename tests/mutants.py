@@ -100,8 +100,9 @@ MUTANTS = [
     Mutant(
         "shared layers attend to everything",
         "glm5_jax/block.py",
-        "            selection,\n            with_mass",
-        "            selection if self.indexer else Selection(),\n            with_mass",
+        "            keys_at,\n            selection,\n        )\n        out_BTD",
+        "            keys_at,\n            selection if self.indexer else Selection(),\n        )\n"
+        "        out_BTD",
         "tests/test_model.py",
     ),
     Mutant(
@@ -142,8 +143,8 @@ MUTANTS = [
     Mutant(
         "MTP hands on hidden states before its norm",
         "glm5_jax/mtp.py",
-        "return rms_norm(out_BTD, self.norm, self.norm_eps), report",
-        "return out_BTD, report",
+        "return rms_norm(out_BTD, self.norm, self.norm_eps), memory, report",
+        "return out_BTD, memory, report",
         "tests/test_mtp.py",
     ),
     Mutant(
