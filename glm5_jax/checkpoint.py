@@ -19,7 +19,8 @@ from glm5_jax.params import ParamSpec, leaf_dtype, leaves_by_path, map_specs
 from glm5_jax.processes import on_first
 from glm5_jax.published.names import num_stacked_axes
 from glm5_jax.sharding import Partition, keeping
-from glm5_jax.tree_store import TreeReader, TreeWriter, write_tree
+from glm5_jax.tree_store import TreeReader
+from glm5_jax.tree_writer import TreeWriter, write_tree
 
 CONFIG_NAME = "config.json"
 PARAMS_NAME = "params"

@@ -59,7 +59,7 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("glm5_jax.tree_store.TreeWriter.commit", fail)
+    monkeypatch.setattr("glm5_jax.tree_writer.TreeWriter.commit", fail)
     with pytest.raises(InputError, match="model: cannot be written: No space left"):
         save_checkpoint(tmp_path / "model", random_model())
     assert list(tmp_path.iterdir()) == []

@@ -32,6 +32,7 @@ ORDER = [
     ["segment", "mtp"],
     ["model"],
     ["tree_store", "published.names", "published.safetensors"],
+    ["tree_writer"],
     ["checkpoint", "published.files", "published.check", "published.slices"],
     ["published.source", "published.native"],
     ["load", "info", "inference", "doctor"],

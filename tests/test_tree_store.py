@@ -10,7 +10,8 @@ from glm5_jax import chunks
 from glm5_jax.chunks import layout
 from glm5_jax.errors import InputError
 from glm5_jax.mesh import make_mesh, put
-from glm5_jax.tree_store import TreeReader, TreeWriter, write_tree
+from glm5_jax.tree_store import TreeReader
+from glm5_jax.tree_writer import TreeWriter, write_tree
 
 TREE = {
     "a.b": np.arange(24, dtype=np.float32).reshape(2, 3, 4),
@@ -157,3 +158,32 @@ def test_a_chunk_of_another_shape_or_dtype_is_refused(tmp_path):
         writer.put("a", (0, 0), np.zeros((4, 2), np.float64))
     with pytest.raises(ValueError, match="expected float32"):
         writer.put("a", (0, 0), np.zeros((2, 4), np.float32))
+
+
+@pytest.mark.parametrize("killed", ["while chunks are put", "in commit", "after Orbax wrote"])
+def test_another_writer_goes_on_with_what_was_put(tmp_path, monkeypatch, killed):
+    leaves = {leaf: layout(x.shape, x.dtype, leaf == "a.b") for leaf, x in TREE.items()}
+    digests = {}
+    first = TreeWriter(tmp_path / "tree", leaves)
+    chosen = list(leaves)[: 2 if killed == "while chunks are put" else None]
+    for leaf in chosen:
+        for position in leaves[leaf].positions():
+            chunk = TREE[leaf][leaves[leaf].region(position)]
+            digests[leaf, position] = first.put(leaf, position, chunk)
+    if killed != "while chunks are put":
+        step = "json.dumps" if killed == "in commit" else "pathlib.Path.rename"
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            target = "glm5_jax.tree_writer." + step if step == "json.dumps" else step
+            patched.setattr(target, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            first.commit()
+
+    second = TreeWriter(tmp_path / "tree", leaves)
+    for (leaf, position), digest in digests.items():
+        second.has_put(leaf, position, digest)
+    for leaf in leaves.keys() - set(chosen):
+        for position in leaves[leaf].positions():
+            second.put(leaf, position, TREE[leaf][leaves[leaf].region(position)])
+    second.commit()
+    assert [path.name for path in tmp_path.iterdir()] == ["tree"]
+    for leaf, array in restore(tmp_path / "tree").items():
+        np.testing.assert_array_equal(array, TREE[leaf])

@@ -22,7 +22,8 @@ from glm5_jax.params import leaf_path, leaves_by_path
 from glm5_jax.processes import is_first, on_first
 from glm5_jax.sharding import Partition
 from glm5_jax.strict_json import read_json
-from glm5_jax.tree_store import TreeReader, write_tree
+from glm5_jax.tree_store import TreeReader
+from glm5_jax.tree_writer import write_tree
 from train.optimizer import Params
 from train.stages import Stage
 from train.state import TrainState, assemble

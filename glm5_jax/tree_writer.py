@@ -1,0 +1,198 @@
+"""Writing trees of arrays, chunk by chunk."""
+
+import contextlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from glm5_jax.chunks import Layout
+from glm5_jax.mesh import fetch_part
+from glm5_jax.tree_store import (
+    FORMAT,
+    MANIFEST_NAME,
+    METADATA_NAME,
+    chunk_digest,
+    file_digest,
+    zarr_spec,
+)
+
+
+class TreeWriter:
+    """Writes a tree chunk by chunk; `commit` makes it a checkpoint.
+
+    Chunks are on the disk when `put` returns, so that whatever ends the process before `commit`,
+    another writer can go on: what was put is named to it by `has_put`. Several threads may put.
+    """
+
+    def __init__(self, directory: Path, leaves: Mapping[str, Layout]):
+        """Starts a tree of the given leaves, by path, or goes on with it.
+
+        Args:
+          directory: what does not exist yet; chunks gather beside it.
+        """
+        self._directory = directory
+        self._staging = directory.with_name(directory.name + ".staging")
+        self._leaves = leaves
+        self._digests: dict[str, dict[tuple[int, ...], str]] = {leaf: {} for leaf in leaves}
+        with _as_os_error(directory):
+            self._stores = {
+                leaf: ts.open(
+                    zarr_spec(self._staging / leaf, shape), create=True, open=True
+                ).result()
+                for leaf, shape in leaves.items()
+            }
+
+    def put(self, leaf: str, position: tuple[int, ...], chunk: np.ndarray) -> str:
+        """Writes one chunk; returns its digest.
+
+        Args:
+          position: of the chunk, in the grid of the leaf's layout.
+          chunk: in the shape of the chunk's region and the dtype of the leaf.
+        """
+        place = self._leaves[leaf]
+        region = place.region(position)
+        expected = tuple(part.stop - part.start for part in region)
+        if chunk.shape != expected or chunk.dtype != place.dtype:
+            raise ValueError(
+                f"chunk of {leaf} is {chunk.dtype}{list(chunk.shape)}, "
+                f"expected {place.dtype}{list(expected)}"
+            )
+        with _as_os_error(leaf):
+            self._stores[leaf][region].write(chunk).result()
+        digest = chunk_digest(chunk)
+        self.has_put(leaf, position, digest)
+        return digest
+
+    def has_put(self, leaf: str, position: tuple[int, ...], digest: str) -> None:
+        """Notes that a chunk of that digest was put by another writer."""
+        self._digests[leaf][position] = digest
+
+    def commit(self, beside: Sequence[str] = ()) -> None:
+        """Makes the tree an Orbax checkpoint, with the manifest in its directory.
+
+        Args:
+          beside: names of files beside the tree without which it means something else; they are
+            verified with it.
+        """
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "leaves": {
+                leaf: {
+                    "shape": list(place.shape),
+                    "dtype": place.dtype.name,
+                    "chunk": list(place.chunk),
+                    "sha256": [self._digests[leaf][position] for position in place.positions()],
+                }
+                for leaf, place in self._leaves.items()
+            },
+        }
+        self._add_metadata()
+        manifest["metadata_sha256"] = file_digest(self._staging / METADATA_NAME)
+        manifest["beside"] = {name: file_digest(self._directory.parent / name) for name in beside}
+        (self._staging / MANIFEST_NAME).write_text(json.dumps(manifest))
+        self._staging.rename(self._directory)
+
+    def _add_metadata(self) -> None:
+        """Lets Orbax write what it keeps beside the chunks of a tree.
+
+        It does so in a folder of its own, for chunks that it moved would be lost to a writer that
+        goes on after the process was killed here.
+        """
+        alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+        registry = ocp.type_handlers.create_type_handler_registry((_Written, _WrittenHandler()))
+        folder = self._directory.with_name(self._directory.name + ".metadata")
+        with _quiet(), _as_os_error(self._directory):
+            handler = ocp.PyTreeCheckpointHandler(
+                use_ocdbt=False,
+                use_zarr3=False,
+                type_handler_registry=registry,
+                multiprocessing_options=alone,
+            )
+            tree = _nested(dict.fromkeys(self._leaves, _Written()))
+            with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+                checkpointer.save(folder.absolute(), tree, force=True)
+        for path in folder.iterdir():
+            path.replace(self._staging / path.name)
+        shutil.rmtree(folder)
+
+
+def write_tree(
+    directory: Path | None,
+    arrays: Mapping[str, jax.Array | np.ndarray],
+    leaves: Mapping[str, Layout],
+    beside: Sequence[str] = (),
+) -> None:
+    """Writes arrays, by path, in the given layouts; `beside` as in `TreeWriter.commit`.
+
+    The first process has a directory to write to; the others, given None, hand over what they hold.
+    """
+    writer = None if directory is None else TreeWriter(directory, leaves)
+    for leaf, place in leaves.items():
+        for position in place.positions():
+            chunk = fetch_part(arrays[leaf], place.region(position))
+            if writer is not None:
+                writer.put(leaf, position, chunk)
+    if writer is not None:
+        writer.commit(beside)
+
+
+class _Written:
+    """A leaf whose chunks are written already."""
+
+
+class _WrittenHandler(ocp.type_handlers.TypeHandler):
+    """Saves nothing of a leaf that is written; Orbax will read it as an array."""
+
+    def typestr(self) -> str:
+        return "jax.Array"
+
+    async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
+        for info in infos:
+            await info.await_path_creation()
+        return []
+
+    async def deserialize(self, infos: Any, args: Any = None) -> Any:
+        raise ValueError("written leaves are restored as arrays")
+
+    async def metadata(self, infos: Any) -> Any:
+        raise ValueError("written leaves are restored as arrays")
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in leaves.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree
+
+
+@contextlib.contextmanager
+def _as_os_error(what: object) -> Iterator[None]:
+    """TensorStore and Orbax tell of a full disk with a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise OSError(f"{what}: {str(error).partition(' [')[0]:.300}") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Holds back Orbax's warnings about what is done on purpose here."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
