@@ -1,14 +1,24 @@
 """The `glm5-convert` command."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from glm5_jax.commands.arguments import integer
 from glm5_jax.console import add_command, command_parser, run_command
 from glm5_jax.errors import InputError
 
+if TYPE_CHECKING:
+    from convert.conversion import Converted, Effort
+
+_GOES_ON = (
+    "DST appears when all of it is there. Until then, what is done is kept beside it, and the\n"
+    "same command goes on with that. Processes that share a file system can share the work."
+)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -23,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _from_hf,
         "Convert a published checkpoint to a native one.\n\n"
         "Tensors keep their dtypes, and converting back gives the same bytes. Float8 weights are\n"
-        "multiplied by their scales.",
+        "multiplied by their scales.\n\n" + _GOES_ON,
     )
     command.add_argument("source", type=Path, metavar="SRC", help="published directory")
     command.add_argument("destination", type=Path, metavar="DST", help="must not exist")
@@ -32,8 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=["bfloat16", "float32"],
         help="dtype of weights that are published as float8 (default: the dtype in config.json)",
     )
+    _add_effort(command)
     command = add_command(
-        commands, "to-hf", _to_hf, "Convert a native checkpoint to the published layout."
+        commands,
+        "to-hf",
+        _to_hf,
+        "Convert a native checkpoint to the published layout.\n\n" + _GOES_ON,
     )
     command.add_argument("source", type=Path, metavar="SRC", help="native checkpoint")
     command.add_argument("destination", type=Path, metavar="DST", help="must not exist")
@@ -45,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=["bfloat16", "float32"],
         help="round weights to it, but for router biases (default: as they are)",
     )
+    _add_effort(command)
     command = add_command(
         commands,
         "check",
@@ -65,9 +80,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(parser, arguments)
 
 
+def _add_effort(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--memory",
+        type=_size,
+        metavar="SIZE",
+        help="most that weights on their way may take, such as 4GiB (default: a quarter of what "
+        "the machine has)",
+    )
+    command.add_argument(
+        "--threads",
+        type=integer(1, 1024),
+        metavar="N",
+        help="shards, and chunks, that are worked on at a time (default: as many as processors)",
+    )
+    command.add_argument(
+        "--process",
+        type=_share,
+        default="0/1",
+        metavar="I/N",
+        help="do the share I, from 0, of N processes; the last one to end makes DST",
+    )
+    command.add_argument(
+        "--restart", action="store_true", help="throw away what is done and begin anew"
+    )
+
+
+def _effort(args: argparse.Namespace) -> "Effort":
+    from convert.conversion import Effort, quarter_of_memory
+    from convert.workspace import Share
+
+    return Effort(
+        memory=args.memory or quarter_of_memory(),
+        num_threads=args.threads or os.cpu_count() or 1,
+        share=Share(*args.process),
+        restart=args.restart,
+    )
+
+
+def _share(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise argparse.ArgumentTypeError(f"is {text!r:.80}, expected I/N such as 0/4, I below N")
+    return int(match[1]), int(match[2])
+
+
 def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+)\s*([KMGT]?)B?", text.upper())
-    size = int(match[1]) * _UNITS[match[2]] if match else 0
+    match = re.fullmatch(r"(\d{1,18})\s*(?:([KMGT]?)B?|([KMGT])IB)", text.strip().upper())
+    size = 0
+    if match:
+        size = int(match[1]) * (
+            1024 ** (1 + "KMGT".index(match[3])) if match[3] else _UNITS[match[2]]
+        )
     if size <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size, expected one like 5GB")
     return size
@@ -79,27 +143,33 @@ def _require_directory(path: Path) -> None:
 
 
 def _from_hf(args: argparse.Namespace) -> int:
-    from convert.conversion import from_published
+    from convert.to_native import from_published
     from glm5_jax.checkpoint import is_native
 
     _require_directory(args.source)
     if is_native(args.source):
         raise InputError(f"{args.source}: is a native checkpoint, expected a published directory")
-    done = from_published(args.source, args.destination, args.float8_as)
-    print(f"{args.destination}: {done.num_tensors} tensors, {done.num_bytes:,} bytes")
+    _tell(args, from_published(args.source, args.destination, args.float8_as, _effort(args)))
     return 0
 
 
 def _to_hf(args: argparse.Namespace) -> int:
-    from convert.conversion import to_published
+    from convert.to_published import to_published
     from glm5_jax.checkpoint import PARAMS_NAME, is_native
 
     _require_directory(args.source)
     if not is_native(args.source):
         raise InputError(f"{args.source}: has no {PARAMS_NAME}, expected a native checkpoint")
-    done = to_published(args.source, args.destination, args.shard_size, args.dtype)
-    print(f"{args.destination}: {done.num_tensors} tensors, {done.num_bytes:,} bytes")
+    done = to_published(args.source, args.destination, args.shard_size, args.dtype, _effort(args))
+    _tell(args, done)
     return 0
+
+
+def _tell(args: argparse.Namespace, done: "Converted | None") -> None:
+    if done is None:
+        print(f"{args.destination}: this process has done its share, and others have not yet")
+    else:
+        print(f"{args.destination}: {done.num_tensors} tensors, {done.num_bytes:,} bytes")
 
 
 def _check(args: argparse.Namespace) -> int:

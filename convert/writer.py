@@ -1,8 +1,7 @@
-"""Writing safetensors files tensor by tensor."""
+"""The files of a published checkpoint: which tensors they hold, and what they start with."""
 
 import json
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,12 +26,8 @@ class Entry(NamedTuple):
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-def write_file(path: Path, entries: list[Entry], rows: Iterable[np.ndarray]) -> None:
-    """Writes one safetensors file.
-
-    Args:
-      rows: the rows of all tensors, one tensor after the other, in portions of any length.
-    """
+def file_header(entries: list[Entry]) -> bytes:
+    """What a safetensors file starts with; its tensors follow, one directly after the other."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:
@@ -44,12 +39,7 @@ def write_file(path: Path, entries: list[Entry], rows: Iterable[np.ndarray]) -> 
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data starts aligned
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for part in rows:
-            file.write(np.ascontiguousarray(part).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
+    return len(text).to_bytes(8, "little") + text
 
 
 def split_shards(entries: list[Entry], shard_bytes: int) -> list[list[Entry]]:
@@ -74,13 +64,9 @@ def shard_names(count: int) -> Iterator[str]:
         yield f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def write_index(directory: Path, shards: list[list[Entry]]) -> None:
-    """Writes the index of a checkpoint of several files."""
-    weight_map = {
-        entry.name: file
-        for file, shard in zip(shard_names(len(shards)), shards, strict=True)
-        for entry in shard
-    }
-    total = sum(entry.num_bytes for shard in shards for entry in shard)
+def write_index(directory: Path, shards: Mapping[str, list[Entry]]) -> None:
+    """Writes the index of a checkpoint of several files, by their names."""
+    weight_map = {entry.name: file for file, shard in shards.items() for entry in shard}
+    total = sum(entry.num_bytes for shard in shards.values() for entry in shard)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,6 +1,7 @@
 """Files and directories that appear under their name only when they are whole."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
@@ -26,8 +27,8 @@ def new_directory(destination: Path) -> Iterator[Path]:
       InputError: `destination` exists or cannot be written.
     """
     refuse_existing(destination)
-    _make_parent(destination)
-    with _named_errors(destination):
+    make_parent(destination)
+    with named_errors(destination, f".{destination.name}.partial-"):
         temporary = Path(
             tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent)
         )
@@ -49,14 +50,38 @@ def new_file(destination: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     if not overwrite or destination.is_dir():
         refuse_existing(destination)
-    _make_parent(destination)
+    make_parent(destination)
     temporary = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
-    with _named_errors(destination), _unfinished_until_left(temporary):
+    with (
+        named_errors(destination, f".{destination.name}.partial-"),
+        _unfinished_until_left(temporary),
+    ):
         temporary.touch()  # a folder that cannot be written to is found before any work is done
         yield temporary
         if not overwrite:
             refuse_existing(destination)
         temporary.replace(destination)
+
+
+@contextlib.contextmanager
+def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
+    """Holds a lock on a file or folder, which ends with the process however that ends.
+
+    Args:
+      refusal: what an error says if another process holds it; it is waited for unless given.
+
+    Raises:
+      InputError: another process holds it and is not waited for.
+    """
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+        except BlockingIOError:
+            raise InputError(str(refusal)) from None
+        yield
+    finally:
+        os.close(opened)
 
 
 def remove_unfinished() -> None:
@@ -86,7 +111,12 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _make_parent(destination: Path) -> None:
+def make_parent(destination: Path) -> None:
+    """Makes the folders that a name lies in.
+
+    Raises:
+      InputError: one of them is a file.
+    """
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -94,12 +124,16 @@ def _make_parent(destination: Path) -> None:
 
 
 @contextlib.contextmanager
-def _named_errors(destination: Path) -> Iterator[None]:
-    """Names what was to be written in errors that name nothing, or a name the user never gave."""
+def named_errors(destination: Path, temporary: str) -> Iterator[None]:
+    """Names what was to be written in errors that name nothing, or a name the user never gave.
+
+    Args:
+      temporary: what such a name has in it.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is None or f".{destination.name}.partial-" in str(error.filename):
+        if error.filename is None or temporary in str(error.filename):
             reason = error.strerror or error
             raise InputError(f"{destination}: cannot be written: {reason}") from None
         raise

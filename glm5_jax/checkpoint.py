@@ -1,9 +1,8 @@
 """Native checkpoints: a directory with `config.json`, tokenizer files and the weights' tree."""
 
-import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from glm5_jax.processes import on_first
 from glm5_jax.published.names import num_stacked_axes
 from glm5_jax.sharding import Partition, keeping
 from glm5_jax.tree_store import TreeReader
-from glm5_jax.tree_writer import TreeWriter, write_tree
+from glm5_jax.tree_writer import write_tree
 
 CONFIG_NAME = "config.json"
 PARAMS_NAME = "params"
@@ -47,32 +46,6 @@ def params_layout(
         leaf: layout(spec.shape, dtype_of[leaf], num_stacked_axes(spec))
         for leaf, spec in leaves_by_path(Glm5(config)).items()
     }
-
-
-@contextlib.contextmanager
-def new_checkpoint(
-    destination: Path,
-    config_json: Mapping[str, Any],
-    leaves: Mapping[str, Layout],
-    text_from: Path | None = None,
-) -> Iterator[TreeWriter]:
-    """Yields a writer for the weights of a native checkpoint.
-
-    The checkpoint appears under its name when the body has put every chunk; if it fails, nothing
-    does.
-
-    Args:
-      config_json: what `config.json` will hold.
-      text_from: a directory whose tokenizer files travel along.
-
-    Raises:
-      InputError: `destination` exists.
-    """
-    with new_directory(destination) as directory:
-        writer = TreeWriter(directory / PARAMS_NAME, leaves)
-        yield writer
-        write_text_files(directory, config_json, text_from)
-        writer.commit(beside=[CONFIG_NAME])
 
 
 def write_text_files(

@@ -38,6 +38,11 @@ def chunk_digest(chunk: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(chunk).view(np.uint8).data).hexdigest()
 
 
+def chunk_name(position: tuple[int, ...]) -> str:
+    """The name of a chunk's file, in the folder of its leaf."""
+    return ".".join(map(str, position)) or "0"
+
+
 def zarr_spec(path: Path, place: Layout) -> dict[str, Any]:
     """What TensorStore is to open for a leaf."""
     is_native = place.dtype.kind in "fiub" and place.dtype.isbuiltin == 1
@@ -99,7 +104,7 @@ class TreeReader:
           InputError: the chunk is missing or not what was written.
         """
         place = self.leaves[leaf]
-        where = f"{self.directory}: leaf {leaf}, chunk {'.'.join(map(str, position)) or '0'}"
+        where = f"{self.directory}: leaf {leaf}, chunk {chunk_name(position)}"
         try:
             if leaf not in self._stores:
                 spec = zarr_spec(self.directory / leaf, place)
@@ -110,7 +115,7 @@ class TreeReader:
             raise InputError(f"{where}: cannot be read: {reason:.200}") from None
         if chunk_digest(chunk) != self._digests[leaf][position]:
             # A chunk that is not there reads as zeros.
-            if not (self.directory / leaf / (".".join(map(str, position)) or "0")).exists():
+            if not (self.directory / leaf / chunk_name(position)).exists():
                 raise InputError(f"{where}: is missing")
             raise InputError(f"{where}: damaged, its SHA-256 is not the one in {MANIFEST_NAME}")
         return chunk

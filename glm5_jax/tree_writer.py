@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from glm5_jax.tree_store import (
     MANIFEST_NAME,
     METADATA_NAME,
     chunk_digest,
+    chunk_name,
     file_digest,
     zarr_spec,
 )
@@ -30,6 +32,8 @@ class TreeWriter:
 
     Chunks are on the disk when `put` returns, so that whatever ends the process before `commit`,
     another writer can go on: what was put is named to it by `has_put`. Several threads may put.
+    A chunk is a plain file of its elements, so it is written without TensorStore, which makes
+    copies and does not tell why a write failed.
     """
 
     def __init__(self, directory: Path, leaves: Mapping[str, Layout]):
@@ -40,15 +44,13 @@ class TreeWriter:
         """
         self._directory = directory
         self._staging = directory.with_name(directory.name + ".staging")
+        self._unfinished = directory.with_name(directory.name + ".unfinished")
         self._leaves = leaves
         self._digests: dict[str, dict[tuple[int, ...], str]] = {leaf: {} for leaf in leaves}
         with _as_os_error(directory):
-            self._stores = {
-                leaf: ts.open(
-                    zarr_spec(self._staging / leaf, shape), create=True, open=True
-                ).result()
-                for leaf, shape in leaves.items()
-            }
+            for leaf, place in leaves.items():
+                ts.open(zarr_spec(self._staging / leaf, place), create=True, open=True).result()
+        self._unfinished.mkdir(exist_ok=True)
 
     def put(self, leaf: str, position: tuple[int, ...], chunk: np.ndarray) -> str:
         """Writes one chunk; returns its digest.
@@ -65,8 +67,18 @@ class TreeWriter:
                 f"chunk of {leaf} is {chunk.dtype}{list(chunk.shape)}, "
                 f"expected {place.dtype}{list(expected)}"
             )
-        with _as_os_error(leaf):
-            self._stores[leaf][region].write(chunk).result()
+        padded = chunk
+        if expected != place.chunk:  # the last one of an axis is as large on the disk as others
+            padded = np.zeros(place.chunk, place.dtype)
+            padded[tuple(slice(size) for size in expected)] = chunk
+        path = self._staging / leaf / chunk_name(position)
+        unfinished = self._unfinished / f"{leaf}.{path.name}-{os.getpid()}"
+        with unfinished.open("wb", buffering=0) as file:
+            view = np.ascontiguousarray(padded).view(np.uint8).reshape(-1).data
+            while view:
+                view = view[file.write(view) :]
+            os.fsync(file.fileno())
+        unfinished.replace(path)
         digest = chunk_digest(chunk)
         self.has_put(leaf, position, digest)
         return digest
@@ -98,6 +110,7 @@ class TreeWriter:
         manifest["metadata_sha256"] = file_digest(self._staging / METADATA_NAME)
         manifest["beside"] = {name: file_digest(self._directory.parent / name) for name in beside}
         (self._staging / MANIFEST_NAME).write_text(json.dumps(manifest))
+        shutil.rmtree(self._unfinished)  # with what a writer that was killed has left there
         self._staging.rename(self._directory)
 
     def _add_metadata(self) -> None:

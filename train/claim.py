@@ -2,16 +2,14 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from glm5_jax.atomic import new_directory, new_file
+from glm5_jax.atomic import locked, new_directory, new_file
 from glm5_jax.config import Config
 from glm5_jax.config_json import config_to_json
 from glm5_jax.console import notice
@@ -69,7 +67,7 @@ def claimed(run: Path, description: dict[str, Any], accept_changes: bool) -> Ite
             _write(directory / RUN_NAME, description)
     if not (run / RUN_NAME).exists():
         raise InputError(f"{run}: exists already and is not a run, expected a new name")
-    with _locked(run):
+    with locked(run, f"{run}: another process is training this run"):
         found = read_json(run / RUN_NAME)
         changes = _changes(found, description, run / RUN_NAME)
         has_begun = any(run.glob("step-*"))  # else there is nothing to go on with
@@ -89,20 +87,6 @@ def claimed(run: Path, description: dict[str, Any], accept_changes: bool) -> Ite
         for unfinished in run.glob(".*.partial-*"):
             shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
         yield write
-
-
-@contextlib.contextmanager
-def _locked(run: Path) -> Iterator[None]:
-    """Holds a lock on the folder itself, which ends with the process however that ends."""
-    folder = os.open(run, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{run}: another process is training this run") from None
-        yield
-    finally:
-        os.close(folder)
 
 
 def _write(path: Path, description: dict[str, Any]) -> None:

@@ -34,6 +34,13 @@ class TensorInfo(NamedTuple):
     start: int  # of its bytes, counted from the start of the file
 
 
+class Version(NamedTuple):
+    """What tells whether a file is as it was."""
+
+    size: int  # in bytes
+    modified: int  # in nanoseconds of the clock of the file system
+
+
 class SafetensorsFile:
     """An open safetensors file."""
 
@@ -51,6 +58,7 @@ class SafetensorsFile:
         try:
             if not stat.S_ISREG(os.fstat(self._file).st_mode):
                 raise InputError(f"{path}: not a file")
+            self.version = self._current_version()
             with safe_open(path, framework="np"):
                 pass
             self.tensors = self._read_header()
@@ -66,9 +74,10 @@ class SafetensorsFile:
         length = int.from_bytes(os.pread(self._file, 8, 0), "little")
         header = parse_json(os.pread(self._file, length, 8), str(self.path))
         header.pop("__metadata__", None)
+        self.data_start = 8 + length  # where the header ends, in bytes
         return {
             name: TensorInfo(
-                entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+                entry["dtype"], tuple(entry["shape"]), self.data_start + entry["data_offsets"][0]
             )
             for name, entry in header.items()
         }
@@ -79,18 +88,46 @@ class SafetensorsFile:
         Raises:
           InputError: the file ends too soon.
         """
+        offset, count = self.span(name, start, stop)
+        return self.as_rows(name, self.read_bytes(offset, count))
+
+    def span(self, name: str, start: int, stop: int) -> tuple[int, int]:
+        """Where rows of a tensor lie: the offset in the file, and how many bytes they are."""
         info = self.tensors[name]
-        dtype = DTYPES[info.dtype]
-        shape = (stop - start, *info.shape[1:])
-        row_bytes = int(np.prod(info.shape[1:], dtype=np.int64)) * dtype.itemsize
-        data = bytearray((stop - start) * row_bytes)
-        view, offset = memoryview(data), info.start + start * row_bytes
+        row_bytes = int(np.prod(info.shape[1:], dtype=np.int64)) * DTYPES[info.dtype].itemsize
+        return info.start + start * row_bytes, (stop - start) * row_bytes
+
+    def as_rows(self, name: str, data: bytearray) -> np.ndarray:
+        """Bytes of whole rows of a tensor, as an array."""
+        info = self.tensors[name]
+        return np.frombuffer(data, DTYPES[info.dtype]).reshape(-1, *info.shape[1:])
+
+    def read_bytes(self, offset: int, count: int) -> bytearray:
+        """Reads a part of the file.
+
+        Raises:
+          InputError: the file ends too soon.
+        """
+        data = bytearray(count)
+        view, end = memoryview(data), offset
         while view:
-            count = os.preadv(self._file, [view], offset)
-            if count == 0:
-                raise InputError(f"{self.path}: ends within tensor {name}")
-            view, offset = view[count:], offset + count
-        return np.frombuffer(data, dtype).reshape(shape)
+            try:
+                got = os.preadv(self._file, [view], end)
+            except OSError as error:
+                raise InputError(f"{self.path}: {error.strerror}") from None
+            if got == 0:
+                raise InputError(f"{self.path}: ends at byte {end:,}, expected more")
+            view, end = view[got:], end + got
+        return data
+
+    def require_unchanged(self) -> None:
+        """Raises `InputError` if the file was written to since it was opened."""
+        if self._current_version() != self.version:
+            raise InputError(f"{self.path}: changed while it was read")
+
+    def _current_version(self) -> Version:
+        found = os.fstat(self._file)
+        return Version(found.st_size, found.st_mtime_ns)
 
     def close(self) -> None:
         """Closes the file."""

@@ -14,7 +14,7 @@ from glm5_jax.published.check import tensor_problems
 from glm5_jax.published.files import open_files
 from glm5_jax.published.fp8 import SCALE_SUFFIX, dequantize
 from glm5_jax.published.names import MTP_COPIES, layer_prefix
-from glm5_jax.published.safetensors import DTYPES, FLOAT8
+from glm5_jax.published.safetensors import DTYPES, FLOAT8, SafetensorsFile
 
 
 class Stored(NamedTuple):
@@ -67,7 +67,7 @@ class PublishedSource:
 
     def unused_files(self) -> list[str]:
         """Tensor files of the directory that the index does not name."""
-        used = {file.path.name for file in self._files.values()}
+        used = {file.path.name for file in self.files()}
         found = {path.name for path in self.directory.glob("*.safetensors")}
         return sorted(found - used)
 
@@ -83,7 +83,14 @@ class PublishedSource:
         Raises:
           InputError: the file ends too soon, or a scale is negative or not finite.
         """
-        rows = self._files[name].read(name, start, stop)
+        return self.decode(name, self._files[name].read(name, start, stop), start)
+
+    def decode(self, name: str, rows: np.ndarray, start: int) -> np.ndarray:
+        """Rows as `read` returns them, from what the file holds of them.
+
+        Raises:
+          InputError: a scale is negative or not finite.
+        """
         if not self.is_float8(name):
             return rows
         scale_name = name + SCALE_SUFFIX
@@ -119,14 +126,13 @@ class PublishedSource:
             rows = place.region(position)[0]
             yield rows.start, rows.stop
 
-    def location(self, name: str) -> tuple[str, int]:
-        """File and offset of a tensor; reading in this order reads each file from start to end."""
-        file = self._files[name]
-        return file.path.name, file.tensors[name].start
+    def files(self) -> list[SafetensorsFile]:
+        """The open files, by name."""
+        return sorted(set(self._files.values()), key=lambda file: file.path.name)
 
     def close(self) -> None:
         """Closes the files."""
-        for file in set(self._files.values()):
+        for file in self.files():
             file.close()
 
     def _dtype(self, name: str) -> np.dtype:

@@ -1,0 +1,229 @@
+"""Published checkpoints to native ones, shard by shard."""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert.conversion import (
+    DEFAULT_EFFORT,
+    Converted,
+    Effort,
+    check_destination,
+    report,
+    showing_progress,
+)
+from convert.pipeline import Pipeline
+from convert.workspace import Record, Workspace, open_workspace
+from glm5_jax.checkpoint import CONFIG_NAME, PARAMS_NAME, params_layout, write_text_files
+from glm5_jax.chunks import Layout
+from glm5_jax.console import Advance
+from glm5_jax.published.names import PublishedTensor, published_tensors
+from glm5_jax.published.safetensors import SafetensorsFile
+from glm5_jax.published.slices import Slice, slices
+from glm5_jax.published.source import PublishedSource
+from glm5_jax.tree_writer import TreeWriter
+
+_BLOCK_BYTES = 64 * 2**20  # of a shard that are read at once and put nowhere
+
+
+class _Portion(NamedTuple):
+    """Bytes of a shard that lie together, and the chunk that they become, if they do."""
+
+    offset: int
+    size: int
+    chunk: tuple[PublishedTensor, Slice] | None
+
+
+def from_published(
+    directory: Path,
+    destination: Path,
+    float8_as: jax.typing.DTypeLike | None = None,
+    effort: Effort = DEFAULT_EFFORT,
+) -> Converted | None:
+    """Converts a published checkpoint to a native one, or goes on with converting it.
+
+    Args:
+      float8_as: the dtype that float8 weights are multiplied out to; the config's unless given.
+
+    Returns:
+      None if other processes have not finished their share yet.
+
+    Raises:
+      InputError: the source is not a whole, sound checkpoint, or the destination exists.
+    """
+    check_destination(destination, directory)
+    with contextlib.closing(PublishedSource(directory)) as source:
+        report(source)
+        leaves = _native_layout(source, float8_as)
+        plan = {
+            "source": str(directory.resolve()),
+            "shards": {file.path.name: list(file.version) for file in source.files()},
+            "leaves": {leaf: _layout_json(place) for leaf, place in leaves.items()},
+            "config": source.raw_config,
+        }
+        with open_workspace(destination, plan, effort.share, restart=effort.restart) as workspace:
+            return _Conversion(source, leaves, workspace, effort).run(destination)
+
+
+class _Conversion:
+    """One run of the command."""
+
+    def __init__(
+        self,
+        source: PublishedSource,
+        leaves: dict[str, Layout],
+        workspace: Workspace,
+        effort: Effort,
+    ):
+        self._source = source
+        self._leaves = leaves
+        self._workspace = workspace
+        self._effort = effort
+        self._files = {file.path.name: file for file in source.files()}
+        self._tensors = {tensor.name: tensor for tensor in published_tensors(source.config)}
+        params = workspace.content / PARAMS_NAME
+        # Weights are all there if a process was killed between making them a tree and the rename.
+        self._writer = None if params.exists() else TreeWriter(params, leaves)
+
+    def run(self, destination: Path) -> Converted | None:
+        shards = list(self._files)
+        mine = self._workspace.mine(shards)
+        if mine:
+            self._source.check_copies()
+        total = sum(file.version.size for file in self._files.values())
+        left = sum(self._files[shard].version.size for shard in mine)
+        num_done = len(shards) - len(mine)
+        pipeline = Pipeline(self._effort.memory, self._effort.num_threads)
+        with (
+            contextlib.closing(pipeline),
+            showing_progress("from-hf", len(shards), total, num_done, total - left) as advance,
+        ):
+            done = iter(range(num_done + 1, len(shards) + 1))
+
+            def follow(shard: str) -> Callable[[], None]:
+                def work() -> None:
+                    self._workspace.finish(self._convert(self._files[shard], pipeline, advance))
+                    advance(0, done=next(done))
+
+                return work
+
+            pipeline.run(map(follow, mine), self._effort.num_threads)
+        with self._workspace.finishing(destination, shards) as records:
+            if records is None:
+                return None
+            self._commit(records)
+        written = sum(_num_bytes(place) for place in self._leaves.values())
+        return Converted(len(self._tensors), written)
+
+    def _convert(self, file: SafetensorsFile, pipeline: Pipeline, advance: Advance) -> Record:
+        """Reads a shard from start to end and puts the chunks that its tensors become."""
+        digest = hashlib.sha256()
+        putting: list[Future[list[Any]]] = []
+        for portion in self._portions(file):
+            memory = self._memory_of(portion)
+            pipeline.take(memory)
+            data = file.read_bytes(portion.offset, portion.size)
+
+            def put(
+                portion: _Portion = portion, data: bytearray = data, memory: int = memory
+            ) -> list[Any]:
+                chunk = self._put(file, portion, data)
+                del data
+                pipeline.give_back(memory)
+                advance(portion.size)
+                return chunk
+
+            putting.append(pipeline.submit(put))
+            digest.update(data)
+        file.require_unchanged()
+        chunks = [chunk for each in putting if (chunk := each.result())]
+        return {
+            "shard": file.path.name,
+            "size": file.version.size,
+            "sha256": digest.hexdigest(),
+            "chunks": chunks,
+        }
+
+    def _portions(self, file: SafetensorsFile) -> Iterator[_Portion]:
+        """A whole file, in the order of its bytes."""
+        yield _Portion(0, file.data_start, None)
+        for name, info in sorted(file.tensors.items(), key=lambda item: item[1].start):
+            tensor = self._tensors.get(name)
+            if tensor is None:  # a scale, or a copy of another tensor
+                _, count = file.span(name, 0, info.shape[0])
+                for start in range(0, count, _BLOCK_BYTES):
+                    size = min(_BLOCK_BYTES, count - start)
+                    yield _Portion(info.start + start, size, None)
+                continue
+            for part in slices(tensor, self._leaves[tensor.leaf]):
+                yield _Portion(*file.span(name, part.start, part.stop), (tensor, part))
+
+    def _memory_of(self, portion: _Portion) -> int:
+        """What a portion takes from when it is read until its chunk is on the disk."""
+        if portion.chunk is None:
+            return portion.size
+        tensor, part = portion.chunk
+        chunk = int(np.prod(part.chunk_shape)) * self._leaves[tensor.leaf].dtype.itemsize
+        return portion.size + 2 * chunk  # TensorStore makes a copy
+
+    def _put(self, file: SafetensorsFile, portion: _Portion, data: bytearray) -> list[Any]:
+        if portion.chunk is None:
+            return []
+        tensor, part = portion.chunk
+        rows = self._source.decode(tensor.name, file.as_rows(tensor.name, data), part.start)
+        dtype = self._leaves[tensor.leaf].dtype
+        chunk = rows.reshape(part.chunk_shape).astype(dtype, copy=False)
+        assert self._writer is not None
+        return [tensor.leaf, part.position, self._writer.put(tensor.leaf, part.position, chunk)]
+
+    def _commit(self, records: dict[str, Record]) -> None:
+        if self._writer is None:
+            return
+        for record in records.values():
+            for leaf, position, digest in record["chunks"]:
+                self._writer.has_put(leaf, tuple(position), digest)
+        write_text_files(
+            self._workspace.content, _native_json(self._source), self._source.directory
+        )
+        self._writer.commit(beside=[CONFIG_NAME])
+
+
+def _num_bytes(place: Layout) -> int:
+    return int(np.prod(place.shape, dtype=np.int64)) * place.dtype.itemsize
+
+
+def _layout_json(place: Layout) -> list[Any]:
+    return [list(place.shape), place.dtype.name, list(place.chunk)]
+
+
+def _native_layout(
+    source: PublishedSource, float8_as: jax.typing.DTypeLike | None
+) -> dict[str, Layout]:
+    """Leaves keep the dtype of their tensors; float8 becomes what is asked for.
+
+    Where some tensors of a leaf are float8 and others not, all become what holds both.
+    """
+    stored = source.tensors()
+    dtypes: dict[str, jax.typing.DTypeLike] = {}
+    with jax.numpy_dtype_promotion("standard"):  # asks for what holds both, and mixes no arrays
+        for tensor in published_tensors(source.config):
+            dtype: jax.typing.DTypeLike = stored[tensor.name].dtype
+            if source.is_float8(tensor.name):
+                dtype = float8_as or source.config.dtype
+            dtypes[tensor.leaf] = jnp.promote_types(dtypes.get(tensor.leaf, dtype), dtype)
+    return params_layout(source.config, dtypes)
+
+
+def _native_json(source: PublishedSource) -> dict[str, Any]:
+    """The source's own `config.json`, but for what is no longer so."""
+    raw = {key: value for key, value in source.raw_config.items() if key != "quantization_config"}
+    if source.lacks_mtp:
+        raw["num_nextn_predict_layers"] = 0
+    return raw

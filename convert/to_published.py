@@ -1,0 +1,158 @@
+"""Native checkpoints to published ones, shard by shard."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert.conversion import (
+    DEFAULT_EFFORT,
+    Converted,
+    Effort,
+    check_destination,
+    report,
+    showing_progress,
+)
+from convert.pipeline import Pipeline
+from convert.workspace import Record, Workspace, open_workspace
+from convert.writer import Entry, file_header, shard_names, split_shards, write_index
+from glm5_jax.checkpoint import PARAMS_NAME, write_text_files
+from glm5_jax.console import Advance
+from glm5_jax.params import leaf_dtype
+from glm5_jax.published.native import NativeSource
+from glm5_jax.tree_store import MANIFEST_NAME, file_digest
+
+
+def to_published(
+    directory: Path,
+    destination: Path,
+    shard_bytes: int,
+    dtype: jax.typing.DTypeLike | None = None,
+    effort: Effort = DEFAULT_EFFORT,
+) -> Converted | None:
+    """Converts a native checkpoint to the published layout, or goes on with converting it.
+
+    Args:
+      shard_bytes: the largest size of a file; a checkpoint that is no larger is a single file.
+      dtype: to round weights to, but for those that are pinned to another; theirs unless given.
+
+    Returns:
+      None if other processes have not finished their share yet.
+
+    Raises:
+      InputError: the source is not a whole, sound checkpoint, or the destination exists.
+    """
+    check_destination(destination, directory)
+    with contextlib.closing(NativeSource(directory)) as source:
+        report(source)
+        entries = [
+            Entry(name, stored.shape, _dtype_in(source, name, dtype) if dtype else stored.dtype)
+            for name, stored in source.tensors().items()
+        ]
+        shards = split_shards(entries, shard_bytes)
+        plan = {
+            "source": str(directory.resolve()),
+            "weights": file_digest(directory / PARAMS_NAME / MANIFEST_NAME),
+            "config": source.raw_config,
+            "shard size": shard_bytes,
+            "dtype": None if dtype is None else jnp.dtype(dtype).name,
+        }
+        with open_workspace(destination, plan, effort.share, restart=effort.restart) as workspace:
+            return _Conversion(source, shards, dtype, workspace, effort).run(destination)
+
+
+class _Conversion:
+    """One run of the command."""
+
+    def __init__(
+        self,
+        source: NativeSource,
+        shards: list[list[Entry]],
+        dtype: jax.typing.DTypeLike | None,
+        workspace: Workspace,
+        effort: Effort,
+    ):
+        self._source = source
+        self._shards = dict(zip(shard_names(len(shards)), shards, strict=True))
+        self._dtype = dtype
+        self._workspace = workspace
+        self._effort = effort
+
+    def run(self, destination: Path) -> Converted | None:
+        shards = list(self._shards)
+        mine = self._workspace.mine(shards)
+        total, left = self._num_bytes(shards), self._num_bytes(mine)
+        pipeline = Pipeline(self._effort.memory, self._effort.num_threads)
+        num_done = len(shards) - len(mine)
+        with (
+            contextlib.closing(pipeline),
+            showing_progress("to-hf", len(shards), total, num_done, total - left) as advance,
+        ):
+            done = iter(range(num_done + 1, len(shards) + 1))
+
+            def follow(shard: str) -> Callable[[], None]:
+                def work() -> None:
+                    self._workspace.finish(self._write(shard, pipeline, advance))
+                    advance(0, done=next(done))
+
+                return work
+
+            pipeline.run(map(follow, mine), self._effort.num_threads)
+        with self._workspace.finishing(destination, shards) as records:
+            if records is None:
+                return None
+            self._commit()
+        return Converted(sum(map(len, self._shards.values())), total)
+
+    def _num_bytes(self, shards: list[str]) -> int:
+        return sum(entry.num_bytes for shard in shards for entry in self._shards[shard])
+
+    def _write(self, shard: str, pipeline: Pipeline, advance: Advance) -> Record:
+        """Writes a shard from start to end, while the chunks of what follows are being read."""
+        digest = hashlib.sha256()
+        with (self._workspace.content / shard).open("wb", buffering=0) as file:
+
+            def write(data: Any) -> None:
+                digest.update(data)
+                view = memoryview(data)
+                while view:
+                    view = view[file.write(view) :]
+
+            write(file_header(self._shards[shard]))
+            for rows in pipeline.ahead(self._portions(shard)):
+                write(rows.view(np.uint8).reshape(-1).data)
+                advance(rows.nbytes)
+            os.fsync(file.fileno())
+            return {"shard": shard, "size": file.tell(), "sha256": digest.hexdigest()}
+
+    def _portions(self, shard: str) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
+        for entry in self._shards[shard]:
+            row_bytes = entry.num_bytes // entry.shape[0]
+            for start, stop in self._source.blocks(entry.name):
+
+                def read(entry: Entry = entry, start: int = start, stop: int = stop) -> np.ndarray:
+                    rows = self._source.read(entry.name, start, stop)
+                    return np.ascontiguousarray(rows.astype(entry.dtype, copy=False))
+
+                yield 3 * row_bytes * (stop - start), read  # TensorStore makes a copy
+
+    def _commit(self) -> None:
+        content = self._workspace.content
+        if len(self._shards) > 1:
+            write_index(content, self._shards)
+        config = self._source.raw_config
+        if self._dtype:  # which older files name otherwise
+            config = {key: value for key, value in config.items() if key != "torch_dtype"}
+            config["dtype"] = jnp.dtype(self._dtype).name
+        write_text_files(content, config, self._source.directory)
+
+
+def _dtype_in(source: NativeSource, name: str, dtype: jax.typing.DTypeLike) -> np.dtype:
+    """The dtype of a tensor in a model of another dtype than that of the source."""
+    return leaf_dtype(source.spec(name), dtype)

@@ -1,0 +1,198 @@
+"""What a conversion has done so far, kept beside the place where the result will appear.
+
+While `DST` is being made, there is `.DST.converting`:
+
+    plan.json       what is converted, and how
+    done-0.jsonl    a line for every shard that process 0 has finished with
+    content/        what will get the name DST
+
+Content is on the disk before a line says so. A process that is killed at any time therefore leaves
+what the same command goes on with, and several processes can share the work without talking.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from glm5_jax.atomic import locked, make_parent, named_errors, refuse_existing
+from glm5_jax.errors import InputError
+from glm5_jax.strict_json import parse_json, read_json
+
+Record = dict[str, Any]
+_PLAN_NAME = "plan.json"
+_CONTENT_NAME = "content"
+_DONE_NAME = "done-{}.jsonl"
+
+
+class Share(NamedTuple):
+    """Which part of a conversion a process does: every `processes`-th shard, from `number` on."""
+
+    number: int = 0
+    processes: int = 1
+
+
+class Workspace:
+    """The folder of a conversion that is under way."""
+
+    def __init__(self, directory: Path, share: Share):
+        """Reads what was done; `open_workspace` makes or finds the folder."""
+        self.directory = directory
+        self.content = directory / _CONTENT_NAME
+        self._share = share
+        self._own = directory / _DONE_NAME.format(share.number)
+        whole = self._own.read_bytes()
+        os.truncate(self._own, whole.rfind(b"\n") + 1)  # a kill may have cut off the last line
+        self.records = self.read_records()
+
+    def read_records(self) -> dict[str, Record]:
+        """What all processes have said of the shards they finished, by the shards' names."""
+        records: dict[str, Record] = {}
+        for path in sorted(self.directory.glob(_DONE_NAME.format("*"))):
+            for line in path.read_bytes().splitlines(keepends=True):
+                if line.endswith(b"\n"):  # else it is being written, or was when it was cut off
+                    record = parse_json(line, str(path))
+                    records[str(record.get("shard"))] = record
+        return records
+
+    def mine(self, shards: list[str]) -> list[str]:
+        """The shards that this process is to do, of those that nobody has finished."""
+        return [
+            shard
+            for position, shard in enumerate(shards)
+            if position % self._share.processes == self._share.number and shard not in self.records
+        ]
+
+    def finish(self, record: Record) -> None:
+        """Writes down that a shard is done and all its content on the disk."""
+        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        with self._own.open("ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    @contextlib.contextmanager
+    def finishing(self, destination: Path, shards: list[str]) -> Iterator[dict[str, Record] | None]:
+        """Gives the content its name after the body, if all shards are done.
+
+        Yields:
+          All records, or None if another process has yet to do a shard, or was here first; then
+          the body is to do nothing.
+        """
+        with locked(self.directory / _PLAN_NAME):
+            records = self.read_records()
+            if not self.content.exists() or any(shard not in records for shard in shards):
+                yield None
+                return
+            yield {shard: records[shard] for shard in shards}
+            for path in self.content.iterdir():
+                sync(path)
+            sync(self.content)
+            refuse_existing(destination)
+            self.content.rename(destination)
+            sync(destination.parent)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Has a file or folder written to the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _directory_of(destination: Path) -> Path:
+    return destination.with_name(f".{destination.name}.converting")
+
+
+def refuse_finished(destination: Path) -> None:
+    """Raises `InputError` if there is something under the name of a destination."""
+    directory = _directory_of(destination)
+    if destination.exists() and directory.exists() and not (directory / _CONTENT_NAME).exists():
+        shutil.rmtree(directory)  # left by a process that was killed right after the last rename
+    refuse_existing(destination)
+
+
+@contextlib.contextmanager
+def open_workspace(
+    destination: Path, plan: Mapping[str, Any], share: Share, *, restart: bool = False
+) -> Iterator[Workspace]:
+    """Begins a conversion, or goes on with one.
+
+    Args:
+      plan: what must be the same for going on, in JSON.
+      restart: begin anew if it is not the same, or is.
+
+    Raises:
+      InputError: there is something under the name of the destination, another process is at this
+        share of the work, or what was begun there is another conversion.
+    """
+    refuse_finished(destination)
+    directory = _directory_of(destination)
+    make_parent(destination)
+    with named_errors(destination, directory.name):
+        directory.mkdir(exist_ok=True)
+        own = directory / _DONE_NAME.format(share.number)
+        own.touch()
+        with locked(own, f"{destination}: another process is converting to it"):
+            if restart:
+                _clear(directory)
+            _require_plan(directory, destination, plan)
+            workspace = Workspace(directory, share)
+            try:
+                with named_errors(destination, directory.name):
+                    yield workspace
+            except InputError as error:
+                if not workspace.read_records():
+                    raise
+                kept = "what is done is kept, and the same command goes on with it"
+                raise InputError(f"{error}; {kept}") from None
+            finally:
+                if directory.exists() and share.processes == 1 and not workspace.read_records():
+                    shutil.rmtree(directory, ignore_errors=True)  # nothing to go on with
+
+
+def _clear(directory: Path) -> None:
+    for path in directory.glob(_DONE_NAME.format("*")):
+        os.truncate(path, 0)
+    (directory / _PLAN_NAME).unlink(missing_ok=True)
+    shutil.rmtree(directory / _CONTENT_NAME, ignore_errors=True)
+
+
+def _require_plan(directory: Path, destination: Path, plan: Mapping[str, Any]) -> None:
+    """Writes down what is converted, or compares it with what was written."""
+    path = directory / _PLAN_NAME
+    with locked(directory):  # processes that share the work may begin at the same time
+        if not path.exists():
+            (directory / _CONTENT_NAME).mkdir(exist_ok=True)
+            unfinished = path.with_name(f".{_PLAN_NAME}")
+            unfinished.write_text(json.dumps(plan))
+            unfinished.replace(path)
+    if changes := _changes(read_json(path), plan):
+        raise InputError(
+            f"{destination}: a conversion was begun with {'; '.join(changes)}; expected the same, "
+            "or --restart to begin anew"
+        )
+
+
+def _changes(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """How what was begun differs from what is wanted."""
+    changes = []
+    for key in wanted.keys() | found.keys():
+        before, now = found.get(key), wanted.get(key)
+        if before == now:
+            continue
+        if isinstance(before, dict) and isinstance(now, dict):
+            changes += [
+                f"{key} {name} {before.get(name)!r:.80}, not {now.get(name)!r:.80}"
+                for name in sorted(before.keys() | now.keys())
+                if before.get(name) != now.get(name)
+            ]
+        else:
+            changes.append(f"{key} {before!r:.80}, not {now!r:.80}")
+    return sorted(changes)
