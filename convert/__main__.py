@@ -1,13 +1,14 @@
 """The `glm5-convert` command."""
 
 import argparse
+import dataclasses
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from convert.arguments import portion, setting, share, size
 from glm5_jax.commands.arguments import integer
 from glm5_jax.console import add_command, command_parser, run_command
 from glm5_jax.errors import InputError
@@ -19,7 +20,6 @@ _GOES_ON = (
     "DST appears when all of it is there. Until then, what is done is kept beside it, and the\n"
     "same command goes on with that. Processes that share a file system can share the work."
 )
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("source", type=Path, metavar="SRC", help="native checkpoint")
     command.add_argument("destination", type=Path, metavar="DST", help="must not exist")
     command.add_argument(
-        "--shard-size", type=_size, default="5GB", metavar="SIZE", help="largest file"
+        "--shard-size", type=size, default="5GB", metavar="SIZE", help="largest file"
     )
     command.add_argument(
         "--dtype",
@@ -77,13 +77,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     command.add_argument("first", type=Path, metavar="A", help="checkpoint of either layout")
     command.add_argument("second", type=Path, metavar="B", help="another")
+    command = add_command(
+        commands,
+        "verify",
+        _verify,
+        "Read a checkpoint again and prove it.\n\n"
+        "Every chunk of a native one, and every file of one that to-hf made, is compared with its\n"
+        "SHA-256; with --against, every value with the checkpoint that it was made of.",
+    )
+    command.add_argument("directory", type=Path, metavar="DST", help="of either layout")
+    command.add_argument("--against", type=Path, metavar="SRC", help="what it was made of")
+    command.add_argument(
+        "--sample",
+        type=portion,
+        default=1.0,
+        metavar="SHARE",
+        help="the share to look at, chosen at random, such as 0.01",
+    )
+    command.add_argument(
+        "--seed", type=integer(0), default=0, metavar="N", help="of what --sample chooses"
+    )
+    _add_bounds(command)
+    command = add_command(
+        commands,
+        "synthesize",
+        _synthesize,
+        "Write a checkpoint of made-up weights in the published layout.\n\n"
+        "Its names, shapes, dtypes and files are those of a published one: converting it shows\n"
+        "what time, memory and disk a conversion takes.",
+    )
+    command.add_argument("destination", type=Path, metavar="DST", help="must not exist")
+    command.add_argument(
+        "--config", default="glm-5", metavar="PRESET", help="a preset, or a config.json"
+    )
+    command.add_argument(
+        "--set",
+        action="append",
+        type=setting,
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a key of the config, such as hidden_size=2048; may be repeated",
+    )
+    command.add_argument("--float8", action="store_true", help="matrices in float8, with scales")
+    command.add_argument(
+        "--holes",
+        action="store_true",
+        help="headers alone: weights read as zeros and take no space on the disk",
+    )
+    command.add_argument(
+        "--shard-size", type=size, default="5GiB", metavar="SIZE", help="largest file"
+    )
     return run_command(parser, arguments)
 
 
-def _add_effort(command: argparse.ArgumentParser) -> None:
+def _add_bounds(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--memory",
-        type=_size,
+        type=size,
         metavar="SIZE",
         help="most that weights on their way may take, such as 4GiB (default: a quarter of what "
         "the machine has)",
@@ -94,9 +144,13 @@ def _add_effort(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="shards, and chunks, that are worked on at a time (default: as many as processors)",
     )
+
+
+def _add_effort(command: argparse.ArgumentParser) -> None:
+    _add_bounds(command)
     command.add_argument(
         "--process",
-        type=_share,
+        type=share,
         default="0/1",
         metavar="I/N",
         help="do the share I, from 0, of N processes; the last one to end makes DST",
@@ -110,31 +164,13 @@ def _effort(args: argparse.Namespace) -> "Effort":
     from convert.conversion import Effort, quarter_of_memory
     from convert.workspace import Share
 
-    return Effort(
+    bounds = Effort(
         memory=args.memory or quarter_of_memory(),
         num_threads=args.threads or os.cpu_count() or 1,
-        share=Share(*args.process),
-        restart=args.restart,
     )
-
-
-def _share(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-    if match is None or not int(match[1]) < int(match[2]):
-        raise argparse.ArgumentTypeError(f"is {text!r:.80}, expected I/N such as 0/4, I below N")
-    return int(match[1]), int(match[2])
-
-
-def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d{1,18})\s*(?:([KMGT]?)B?|([KMGT])IB)", text.strip().upper())
-    size = 0
-    if match:
-        size = int(match[1]) * (
-            1024 ** (1 + "KMGT".index(match[3])) if match[3] else _UNITS[match[2]]
-        )
-    if size <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size, expected one like 5GB")
-    return size
+    if "process" not in args:  # nothing is shared
+        return bounds
+    return dataclasses.replace(bounds, share=Share(*args.process), restart=args.restart)
 
 
 def _require_directory(path: Path) -> None:
@@ -203,6 +239,38 @@ def _diff(args: argparse.Namespace) -> int:
         f"largest between values {outcome.largest:.3g}"
     )
     return 1 if outcome.differences else 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from convert.verify import verify
+
+    for path in filter(None, (args.directory, args.against)):
+        _require_directory(path)
+    found = verify(args.directory, args.against, args.sample, args.seed, _effort(args))
+    tensors = f"{found.num_tensors} tensors" if found.num_tensors else ""
+    files = f"{found.num_files} files" if found.num_files else ""
+    looked = " and ".join(filter(None, (tensors, files)))
+    versus = f", against {args.against}" if args.against else ""
+    print(f"{args.directory}: sound; {looked}, {found.num_bytes:,} bytes were read{versus}")
+    return 0
+
+
+def _synthesize(args: argparse.Namespace) -> int:
+    from convert.synthetic import synthesize
+    from glm5_jax.config_json import read_config
+    from glm5_jax.presets import load_preset
+
+    path = Path(args.config)
+    raw = (read_config(path) if path.suffix == ".json" else load_preset(args.config)).raw
+    num_bytes = synthesize(
+        args.destination,
+        raw | dict(args.set),
+        args.shard_size,
+        float8=args.float8,
+        holes=args.holes,
+    )
+    print(f"{args.destination}: {num_bytes:,} bytes of weights")
+    return 0
 
 
 if __name__ == "__main__":

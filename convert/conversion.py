@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -66,6 +67,13 @@ def check_destination(destination: Path, source: Path) -> None:
     refuse_finished(destination)
     if source.resolve() in destination.resolve().parents:
         raise InputError(f"{destination}: lies within {source}, expected a place outside it")
+
+
+def copy_along(source: Path, content: Path) -> None:
+    """Copies what is written about a model for people."""
+    for name in ("README.md", "LICENSE"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, content / name)
 
 
 def report(source: NativeSource | PublishedSource) -> None:

@@ -16,10 +16,12 @@ from convert.conversion import (
     Converted,
     Effort,
     check_destination,
+    copy_along,
     report,
     showing_progress,
 )
 from convert.pipeline import Pipeline
+from convert.record import write_record
 from convert.workspace import Record, Workspace, open_workspace
 from glm5_jax.checkpoint import CONFIG_NAME, PARAMS_NAME, params_layout, write_text_files
 from glm5_jax.chunks import Layout
@@ -69,7 +71,7 @@ def from_published(
             "config": source.raw_config,
         }
         with open_workspace(destination, plan, effort.share, restart=effort.restart) as workspace:
-            return _Conversion(source, leaves, workspace, effort).run(destination)
+            return _Conversion(source, leaves, float8_as, workspace, effort).run(destination)
 
 
 class _Conversion:
@@ -79,11 +81,13 @@ class _Conversion:
         self,
         source: PublishedSource,
         leaves: dict[str, Layout],
+        float8_as: jax.typing.DTypeLike | None,
         workspace: Workspace,
         effort: Effort,
     ):
         self._source = source
         self._leaves = leaves
+        self._float8_as = float8_as
         self._workspace = workspace
         self._effort = effort
         self._files = {file.path.name: file for file in source.files()}
@@ -189,9 +193,15 @@ class _Conversion:
         for record in records.values():
             for leaf, position, digest in record["chunks"]:
                 self._writer.has_put(leaf, tuple(position), digest)
-        write_text_files(
-            self._workspace.content, _native_json(self._source), self._source.directory
-        )
+        content, origin = self._workspace.content, self._source.directory
+        read = {
+            shard: {"size": record["size"], "sha256": record["sha256"]}
+            for shard, record in records.items()
+        }
+        options = {"float8 as": jnp.dtype(self._float8_as).name} if self._float8_as else {}
+        write_record(content, "from-hf", origin, options, read=read, written={})
+        copy_along(origin, content)
+        write_text_files(content, _native_json(self._source), origin)
         self._writer.commit(beside=[CONFIG_NAME])
 
 

@@ -16,10 +16,12 @@ from convert.conversion import (
     Converted,
     Effort,
     check_destination,
+    copy_along,
     report,
     showing_progress,
 )
 from convert.pipeline import Pipeline
+from convert.record import write_record
 from convert.workspace import Record, Workspace, open_workspace
 from convert.writer import Entry, file_header, shard_names, split_shards, write_index
 from glm5_jax.checkpoint import PARAMS_NAME, write_text_files
@@ -107,7 +109,7 @@ class _Conversion:
         with self._workspace.finishing(destination, shards) as records:
             if records is None:
                 return None
-            self._commit()
+            self._commit(records)
         return Converted(sum(map(len, self._shards.values())), total)
 
     def _num_bytes(self, shards: list[str]) -> int:
@@ -142,15 +144,31 @@ class _Conversion:
 
                 yield 3 * row_bytes * (stop - start), read  # TensorStore makes a copy
 
-    def _commit(self) -> None:
-        content = self._workspace.content
+    def _commit(self, records: dict[str, Record]) -> None:
+        content, origin = self._workspace.content, self._source.directory
         if len(self._shards) > 1:
             write_index(content, self._shards)
         config = self._source.raw_config
         if self._dtype:  # which older files name otherwise
             config = {key: value for key, value in config.items() if key != "torch_dtype"}
             config["dtype"] = jnp.dtype(self._dtype).name
-        write_text_files(content, config, self._source.directory)
+        write_text_files(content, config, origin)
+        copy_along(origin, content)
+        manifest = origin / PARAMS_NAME / MANIFEST_NAME
+        read = {"size": manifest.stat().st_size, "sha256": file_digest(manifest)}
+        written = {
+            shard: {"size": record["size"], "sha256": record["sha256"]}
+            for shard, record in records.items()
+        }
+        options = {"dtype": jnp.dtype(self._dtype).name} if self._dtype else {}
+        write_record(
+            content,
+            "to-hf",
+            origin,
+            options,
+            read={f"{PARAMS_NAME}/{MANIFEST_NAME}": read},
+            written=written,
+        )
 
 
 def _dtype_in(source: NativeSource, name: str, dtype: jax.typing.DTypeLike) -> np.dtype:

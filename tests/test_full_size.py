@@ -1,21 +1,14 @@
 import functools
-import json
-import os
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from convert.__main__ import main
-from convert.writer import Entry, file_header, shard_names, split_shards, write_index
 from glm5_jax.cache import KVCache
 from glm5_jax.model import Glm5, forward, logits, predict_ahead
 from glm5_jax.params import abstract, count_params, leaves_by_path
 from glm5_jax.places import Places
 from glm5_jax.presets import PRESETS, load_preset
-from glm5_jax.published.fp8 import SCALE_SUFFIX, scale_shape
-from glm5_jax.published.names import published_tensors
 
 BATCH, LENGTH, CONTEXT = 2, 4096, 32768
 
@@ -112,25 +105,3 @@ def test_the_cache_takes_what_the_published_sizes_say(name, bytes_per_token):
     cache = jax.eval_shape(lambda: KVCache.create(config, 1, 1024, jnp.bfloat16))
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.pools))
     assert total == 1024 * bytes_per_token
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
-def test_a_full_size_directory_is_checked_in_seconds(tmp_path, capsys, dtype):
-    raw = load_preset("glm-5.2").raw
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    entries = []
-    for name, shape, *_ in published_tensors(load_preset("glm-5.2").config):
-        is_float8 = dtype != jnp.bfloat16 and name.endswith("proj.weight")
-        entries.append(Entry(name, shape, jnp.dtype(dtype if is_float8 else jnp.bfloat16)))
-        if is_float8:
-            entries.append(Entry(name + SCALE_SUFFIX, scale_shape(shape), np.dtype(np.float32)))
-    shards = split_shards(entries, 5 * 10**9)
-    shards = dict(zip(shard_names(len(shards)), shards, strict=True))
-    for name, shard in shards.items():
-        (tmp_path / name).write_bytes(file_header(shard))
-        size = (tmp_path / name).stat().st_size + sum(entry.num_bytes for entry in shard)
-        os.truncate(tmp_path / name, size)  # of holes: nothing is stored
-    write_index(tmp_path, shards)
-    assert main(["check", str(tmp_path)]) == 0
-    assert "59585 tensors as expected" in capsys.readouterr().out

@@ -1,0 +1,91 @@
+"""What a conversion says of itself, beside what it made."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from glm5_jax.errors import InputError
+from glm5_jax.findings import installed_versions
+from glm5_jax.strict_json import read_json
+
+RECORD_NAME = "conversion.json"
+CARD_NAME = "CONVERSION.md"
+_FORMAT = "glm5-jax conversion 1"
+
+Files = Mapping[str, Mapping[str, Any]]  # name -> size and sha256
+
+
+def write_record(
+    directory: Path,
+    command: str,
+    source: Path,
+    options: Mapping[str, Any],
+    *,
+    read: Files,
+    written: Files,
+) -> None:
+    """Writes what was done, for programs and for readers.
+
+    Args:
+      read: the files of the source; digests of what is not a file stand in its manifest.
+      written: the files of weights that were made.
+    """
+    record = {
+        "format": _FORMAT,
+        "command": command,
+        "source": source.resolve().name,
+        "revision": revision(source),
+        "options": options,
+        "versions": installed_versions(),
+        "read": read,
+        "written": written,
+    }
+    (directory / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n")
+    (directory / CARD_NAME).write_text(_card(record))
+
+
+def revision(source: Path) -> str | None:
+    """The revision of a model in the Hugging Face cache: `snapshots/REVISION`."""
+    path = source.resolve()
+    return path.name if path.parent.name == "snapshots" else None
+
+
+def written_files(directory: Path) -> dict[str, dict[str, Any]] | None:
+    """The files of weights that a conversion made there; None if it says of none.
+
+    Raises:
+      InputError: the record is damaged.
+    """
+    path = directory / RECORD_NAME
+    if not path.exists():
+        return None
+    record = read_json(path)
+    written = record.get("written")
+    if record.get("format") != _FORMAT or not isinstance(written, dict):
+        raise InputError(f"{path}: damaged, or not of this version")
+    for name, entry in written.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
+            raise InputError(f"{path}: {name} has no sha256")
+    return written or None
+
+
+def _card(record: Mapping[str, Any]) -> str:
+    lines = [
+        f"# Converted from {record['source']}",
+        "",
+        f"By `glm5-convert {record['command']}` of glm5-jax.",
+        "",
+        f"- Revision: {record['revision'] or 'not known'}",
+        *(f"- {name}: {value}" for name, value in record["options"].items()),
+        *(f"- {name} {version}" for name, version in record["versions"].items()),
+    ]
+    for title, key in (("What was read", "read"), ("What was written", "written")):
+        if record[key]:
+            lines += ["", f"## {title}", "", "| file | bytes | SHA-256 |", "|---|---|---|"]
+            lines += [
+                f"| {name} | {entry['size']:,} | `{entry['sha256']}` |"
+                for name, entry in record[key].items()
+            ]
+    lines += ["", "`glm5-convert verify` reads it again and compares."]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,166 @@
+"""Proving a checkpoint: every byte against its digest, every value against what it was made of."""
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from rich.progress import DownloadColumn, TransferSpeedColumn
+
+from convert.conversion import DEFAULT_EFFORT, Effort
+from convert.diff import Source, open_source
+from convert.pipeline import Pipeline
+from convert.record import RECORD_NAME, written_files
+from glm5_jax.console import progress
+from glm5_jax.errors import InputError
+from glm5_jax.published.check import by_family
+from glm5_jax.published.native import NativeSource
+from glm5_jax.published.source import Stored
+
+_READ_BYTES = 2**24
+Item = TypeVar("Item")
+
+
+class Verified(NamedTuple):
+    """What was looked at and found sound."""
+
+    num_tensors: int
+    num_bytes: int
+    num_files: int  # of which the whole SHA-256 was compared
+
+
+class _Fault(NamedTuple):
+    where: str
+    what: str
+
+
+def verify(
+    directory: Path,
+    against: Path | None = None,
+    sample: float = 1.0,
+    seed: int = 0,
+    effort: Effort = DEFAULT_EFFORT,
+) -> Verified:
+    """Reads a checkpoint again.
+
+    Chunks of a native one are compared with the manifest, files of a published one with the record
+    of the conversion that made them.
+
+    Args:
+      against: what it was made of: tensors must have the values of that one's, in their own dtype.
+      sample: the share of portions, or files, to look at.
+      seed: of which these are.
+
+    Raises:
+      InputError: it is damaged, or not what it was made of; every fault is named. Or there is
+        nothing to compare it with.
+    """
+    rng = random.Random(seed)
+    with contextlib.ExitStack() as stack:
+        made = stack.enter_context(contextlib.closing(open_source(directory)))
+        origin: Source | None = None
+        if against is not None:
+            origin = stack.enter_context(contextlib.closing(open_source(against)))
+        files = None if isinstance(made, NativeSource) else written_files(directory)
+        if files is None and origin is None and not isinstance(made, NativeSource):
+            raise InputError(
+                f"{directory}: has no {RECORD_NAME} with digests; expected --against SRC"
+            )
+        theirs = origin.tensors() if origin else {}
+        faults = list(_missing(made.tensors(), origin, theirs)) if origin else []
+        work: list[tuple[int, Callable[[], _Fault | None]]] = []
+        whole = _sampled(list((files or {}).items()), sample, rng)
+        for name, entry in whole:
+            size = int(entry.get("size", 0))
+            work.append((size, _file_check(directory / name, size, entry["sha256"])))
+        portions = []
+        if origin is not None or files is None:
+            portions = _sampled(list(_portions(made)), sample, rng)
+        for portion in portions:
+            same_shape = portion.tensor in theirs and portion.shape == theirs[portion.tensor].shape
+            work.append((portion.num_bytes, _check(made, origin if same_shape else None, portion)))
+        total = sum(size for size, _ in work)
+        pipeline = stack.enter_context(
+            contextlib.closing(Pipeline(effort.memory, effort.num_threads))
+        )
+        columns = (DownloadColumn(), TransferSpeedColumn())
+        advance = stack.enter_context(progress("verify", total, *columns))
+        needs = ((min(3 * size, 3 * 2**26), task) for size, task in work)
+        for (size, _), fault in zip(work, pipeline.ahead(needs), strict=True):
+            if fault is not None:
+                faults.append(fault)
+            advance(size)
+    if faults:
+        said = "; ".join(f"{subject}: {what}" for subject, what, _ in by_family(faults))
+        raise InputError(f"{directory}: {said}")
+    return Verified(len({each.tensor for each in portions}), total, len(whole))
+
+
+def _sampled(items: list[Item], sample: float, rng: random.Random) -> list[Item]:
+    """A share of items, and one of them at least."""
+    return [item for item in items if rng.random() < sample] or items[:1]
+
+
+class _Portion(NamedTuple):
+    tensor: str
+    shape: tuple[int, ...]  # of the whole tensor
+    start: int
+    stop: int
+    num_bytes: int
+
+
+def _portions(made: Source) -> Iterator[_Portion]:
+    for name, stored in made.tensors().items():
+        row_bytes = int(np.prod(stored.shape[1:], dtype=np.int64)) * stored.dtype.itemsize
+        for start, stop in made.blocks(name):
+            yield _Portion(name, stored.shape, start, stop, row_bytes * (stop - start))
+
+
+def _missing(
+    ours: dict[str, Stored], origin: Source, theirs: dict[str, Stored]
+) -> Iterator[_Fault]:
+    copies = () if isinstance(origin, NativeSource) else origin.copies
+    for name in theirs:
+        if name not in ours and name not in copies:
+            yield _Fault(name, f"is missing, {origin.directory} has it")
+    for name, stored in ours.items():
+        if name not in theirs:
+            yield _Fault(name, f"is not in {origin.directory}")
+        elif stored.shape != theirs[name].shape:
+            shapes = f"{list(stored.shape)}, not {list(theirs[name].shape)}"
+            yield _Fault(name, f"has the shape {shapes} as in {origin.directory}")
+
+
+def _check(made: Source, origin: Source | None, portion: _Portion) -> Callable[[], _Fault | None]:
+    def check() -> _Fault | None:
+        name, _, start, stop, _ = portion
+        try:
+            rows = made.read(name, start, stop)
+        except InputError as error:
+            return _Fault(name, str(error).removeprefix(f"{made.directory}/"))
+        if origin is None:
+            return None
+        expected = origin.read(name, start, stop).astype(rows.dtype, copy=False)
+        if rows.tobytes() != expected.tobytes():
+            return _Fault(name, f"has other values than in {origin.directory}")
+        return None
+
+    return check
+
+
+def _file_check(path: Path, size: int, expected: str) -> Callable[[], _Fault | None]:
+    def check() -> _Fault | None:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while part := file.read(_READ_BYTES):
+                digest.update(part)
+            if file.tell() != size:
+                return _Fault(path.name, f"has {file.tell():,} bytes, expected {size:,}")
+        if digest.hexdigest() != expected:
+            return _Fault(path.name, f"damaged, its SHA-256 is not the one in {RECORD_NAME}")
+        return None
+
+    return check
