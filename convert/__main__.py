@@ -42,6 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=["bfloat16", "float32"],
         help="dtype of weights that are published as float8 (default: the dtype in config.json)",
     )
+    command.add_argument(
+        "--strict",
+        action="store_true",
+        help="make nothing of weights some of which are NaN or infinite, which are named anyway",
+    )
     _add_effort(command)
     command = add_command(
         commands,
@@ -170,7 +175,12 @@ def _effort(args: argparse.Namespace) -> "Effort":
     )
     if "process" not in args:  # nothing is shared
         return bounds
-    return dataclasses.replace(bounds, share=Share(*args.process), restart=args.restart)
+    return dataclasses.replace(
+        bounds,
+        share=Share(*args.process),
+        restart=args.restart,
+        strict=getattr(args, "strict", False),
+    )
 
 
 def _require_directory(path: Path) -> None:

@@ -31,6 +31,7 @@ class Effort:
     num_threads: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
     share: Share = Share()
     restart: bool = False  # begin anew where a conversion was begun
+    strict: bool = False  # refuse weights that are NaN or infinite, which are told of otherwise
 
 
 DEFAULT_EFFORT = Effort()

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -20,12 +21,15 @@ from convert.conversion import (
     report,
     showing_progress,
 )
+from convert.finite import num_not_finite
 from convert.pipeline import Pipeline
 from convert.record import write_record
 from convert.workspace import Record, Workspace, open_workspace
 from glm5_jax.checkpoint import CONFIG_NAME, PARAMS_NAME, params_layout, write_text_files
 from glm5_jax.chunks import Layout
-from glm5_jax.console import Advance
+from glm5_jax.console import Advance, notice
+from glm5_jax.errors import InputError
+from glm5_jax.published.check import by_family
 from glm5_jax.published.names import PublishedTensor, published_tensors
 from glm5_jax.published.safetensors import SafetensorsFile
 from glm5_jax.published.slices import Slice, slices
@@ -41,6 +45,14 @@ class _Portion(NamedTuple):
     offset: int
     size: int
     chunk: tuple[PublishedTensor, Slice] | None
+
+
+class _Put(NamedTuple):
+    """A chunk that is on the disk."""
+
+    tensor: str
+    num_not_finite: int
+    entry: list[Any]  # leaf, position and digest
 
 
 def from_published(
@@ -100,6 +112,7 @@ class _Conversion:
         shards = list(self._files)
         mine = self._workspace.mine(shards)
         if mine:
+            self._source.check_scales()
             self._source.check_copies()
         total = sum(file.version.size for file in self._files.values())
         left = sum(self._files[shard].version.size for shard in mine)
@@ -122,6 +135,7 @@ class _Conversion:
         with self._workspace.finishing(destination, shards) as records:
             if records is None:
                 return None
+            self._tell_not_finite(records)
             self._commit(records)
         written = sum(_num_bytes(place) for place in self._leaves.values())
         return Converted(len(self._tensors), written)
@@ -129,7 +143,7 @@ class _Conversion:
     def _convert(self, file: SafetensorsFile, pipeline: Pipeline, advance: Advance) -> Record:
         """Reads a shard from start to end and puts the chunks that its tensors become."""
         digest = hashlib.sha256()
-        putting: list[Future[list[Any]]] = []
+        putting: list[Future[_Put | None]] = []
         for portion in self._portions(file):
             memory = self._memory_of(portion)
             pipeline.take(memory)
@@ -137,22 +151,25 @@ class _Conversion:
 
             def put(
                 portion: _Portion = portion, data: bytearray = data, memory: int = memory
-            ) -> list[Any]:
-                chunk = self._put(file, portion, data)
-                del data
+            ) -> _Put | None:
+                done = self._put(file, portion, data)
                 pipeline.give_back(memory)
                 advance(portion.size)
-                return chunk
+                return done
 
             putting.append(pipeline.submit(put))
             digest.update(data)
         file.require_unchanged()
-        chunks = [chunk for each in putting if (chunk := each.result())]
+        chunks = [done for each in putting if (done := each.result())]
+        not_finite: Counter[str] = Counter()
+        for chunk in chunks:
+            not_finite[chunk.tensor] += chunk.num_not_finite
         return {
             "shard": file.path.name,
             "size": file.version.size,
             "sha256": digest.hexdigest(),
-            "chunks": chunks,
+            "not_finite": {name: count for name, count in not_finite.items() if count},
+            "chunks": [chunk.entry for chunk in chunks],
         }
 
     def _portions(self, file: SafetensorsFile) -> Iterator[_Portion]:
@@ -174,18 +191,39 @@ class _Conversion:
         if portion.chunk is None:
             return portion.size
         tensor, part = portion.chunk
-        chunk = int(np.prod(part.chunk_shape)) * self._leaves[tensor.leaf].dtype.itemsize
-        return portion.size + 2 * chunk  # TensorStore makes a copy
+        count, dtype = int(np.prod(part.chunk_shape)), self._leaves[tensor.leaf].dtype
+        float8, read_as = self._source.is_float8(tensor.name), self._source.dtype(tensor.name)
+        return portion.size + (count * dtype.itemsize if float8 or read_as != dtype else 0)
 
-    def _put(self, file: SafetensorsFile, portion: _Portion, data: bytearray) -> list[Any]:
+    def _put(self, file: SafetensorsFile, portion: _Portion, data: bytearray) -> "_Put | None":
         if portion.chunk is None:
-            return []
+            return None
         tensor, part = portion.chunk
-        rows = self._source.decode(tensor.name, file.as_rows(tensor.name, data), part.start)
         dtype = self._leaves[tensor.leaf].dtype
+        stored = file.as_rows(tensor.name, data)
+        rows = self._source.decode(tensor.name, stored, part.start, dtype)
         chunk = rows.reshape(part.chunk_shape).astype(dtype, copy=False)
         assert self._writer is not None
-        return [tensor.leaf, part.position, self._writer.put(tensor.leaf, part.position, chunk)]
+        digest = self._writer.put(tensor.leaf, part.position, chunk)
+        return _Put(tensor.name, num_not_finite(stored), [tensor.leaf, part.position, digest])
+
+    def _tell_not_finite(self, records: dict[str, Record]) -> None:
+        """Tells of weights that are NaN or infinite, or refuses them."""
+        found = {
+            name: count
+            for record in records.values()
+            for name, count in record["not_finite"].items()
+        }
+        if not found:
+            return
+        families = by_family((name, "has weights that are NaN or infinite") for name in found)
+        said = "; ".join(
+            f"{subject} {what} ({sum(found[name] for name in names):,})"
+            for subject, what, names in families
+        )
+        if self._effort.strict:
+            raise InputError(f"{self._source.directory}: {said}; refused by --strict")
+        notice(f"{self._source.directory}: {said}")
 
     def _commit(self, records: dict[str, Record]) -> None:
         if self._writer is None:

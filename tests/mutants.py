@@ -164,8 +164,8 @@ MUTANTS = [
     Mutant(
         "float8 divided by its scales",
         "glm5_jax/published/fp8.py",
-        "rows.astype(np.float32) * scales",
-        "rows.astype(np.float32) / scales",
+        "* columns[block]",
+        "/ columns[block]",
         "tests/test_fp8.py",
     ),
     Mutant(

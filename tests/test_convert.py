@@ -8,6 +8,7 @@ import pytest
 from safetensors import safe_open
 
 from convert.__main__ import main
+from convert.finite import num_not_finite
 from glm5_jax import chunks
 from glm5_jax.checkpoint import restore_checkpoint
 from glm5_jax.load import load_model
@@ -313,6 +314,50 @@ def test_a_senseless_scale_is_named(tmp_path, capsys, scale):
     assert main(["from-hf", str(source), str(tmp_path / "native")]) == 2
     assert f"{name} is {scale} at [0, 1]" in capsys.readouterr().err
     assert not (tmp_path / "native").exists()
+
+
+def test_a_scale_of_zero_is_named_unless_its_weights_are_zeros(tmp_path, capsys):
+    published, _ = float8_weights(random_weights(WIDE))
+    names = [f"model.layers.1.self_attn.{part}_proj.weight" for part in ("q_b", "kv_b")]
+    for name in names:
+        published[name + "_scale_inv"][-1, 0] = 0
+    published[names[1]][128 * (len(published[names[1] + "_scale_inv"]) - 1) :] = 0
+    source = write_published(tmp_path / "source", WIDE, published)
+    assert main(["from-hf", str(source), str(tmp_path / "native")]) == 2
+    error = capsys.readouterr().err
+    assert f"{names[0]}_scale_inv is 0.0 at" in error and names[1] not in error
+    published[names[0] + "_scale_inv"][-1, 0] = 1
+    source = write_published(tmp_path / "source", WIDE, published)
+    assert main(["from-hf", str(source), str(tmp_path / "native")]) == 0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16, jnp.float8_e4m3fn])
+def test_weights_that_are_not_finite_are_counted(dtype):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(3, 700_000)).astype(dtype)
+    assert num_not_finite(values) == 0
+    values[1, ::1000] = np.nan
+    values[2, :7] = -np.inf  # of which float8 has none
+    assert num_not_finite(values) == np.count_nonzero(~np.isfinite(values.astype(np.float32)))
+    assert num_not_finite(values[:0]) == 0
+
+
+def test_weights_that_are_not_finite_are_named_and_refused_if_asked(tmp_path, capsys):
+    weights = random_weights(TINY)
+    expert = "model.layers.4.mlp.experts.{}.up_proj.weight"
+    for number in range(8):
+        weights[expert.format(number)][3, :number] = np.nan
+    weights["model.norm.weight"][0] = np.inf
+    source = write_published(tmp_path / "source", TINY, weights, num_shards=3)
+    assert main(["from-hf", str(source), str(tmp_path / "x"), "--strict"]) == 2
+    error = capsys.readouterr().err
+    assert "model.layers.*.mlp.experts.*.up_proj.weight (7 tensors, such as " in error
+    assert "has weights that are NaN or infinite (28)" in error
+    assert "model.norm.weight has weights that are NaN or infinite (1)" in error
+    assert not (tmp_path / "x").exists()
+    assert main(["from-hf", str(source), str(tmp_path / "x")]) == 0  # what was done is not lost
+    assert "3 of 3 shards are done already" in (error := capsys.readouterr().err)
+    assert "NaN or infinite (28)" in error
 
 
 def test_the_layout_that_a_command_needs_is_named(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Weights published as float8 with one scale per block."""
 
+import jax
 import numpy as np
 
 SCALE_SUFFIX = "_scale_inv"
@@ -11,16 +12,23 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-size // BLOCK) for size in shape)
 
 
-def dequantize(rows: np.ndarray, scales: np.ndarray, start: int) -> np.ndarray:
+def dequantize(
+    rows: np.ndarray, scales: np.ndarray, start: int, dtype: jax.typing.DTypeLike = np.float32
+) -> np.ndarray:
     """Multiplies float8 values by the scale of their block.
 
     Args:
       rows: rows of the matrix from row `start` on.
       scales: of the whole matrix; despite the published name they are multiplied, not divided by.
+      dtype: of the result; products are float32 and rounded to it.
 
     Returns:
-      float32, of the shape of `rows`.
+      An array of the shape of `rows`.
     """
-    row_block = (start + np.arange(rows.shape[0])) // BLOCK
-    column_block = np.arange(rows.shape[1]) // BLOCK
-    return rows.astype(np.float32) * scales[row_block][:, column_block]
+    result = np.empty(rows.shape, dtype)
+    columns = np.repeat(scales, BLOCK, axis=1)[:, : rows.shape[1]]
+    stop = start + rows.shape[0]
+    for block in range(start // BLOCK, -(-stop // BLOCK)):  # a block's products stay in the cache
+        part = slice(max(block * BLOCK, start) - start, min((block + 1) * BLOCK, stop) - start)
+        result[part] = rows[part].astype(np.float32) * columns[block]
+    return result

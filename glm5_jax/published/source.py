@@ -5,14 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from glm5_jax.chunks import layout
 from glm5_jax.config_json import read_config
 from glm5_jax.errors import InputError
-from glm5_jax.published.check import tensor_problems
+from glm5_jax.published.check import by_family, tensor_problems
 from glm5_jax.published.files import open_files
-from glm5_jax.published.fp8 import SCALE_SUFFIX, dequantize
+from glm5_jax.published.fp8 import BLOCK, SCALE_SUFFIX, dequantize
 from glm5_jax.published.names import MTP_COPIES, layer_prefix
 from glm5_jax.published.safetensors import DTYPES, FLOAT8, SafetensorsFile
 
@@ -22,6 +23,14 @@ class Stored(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: np.dtype
+
+
+def _first_fault(scales: np.ndarray) -> str | None:
+    wrong = np.argwhere(~(np.isfinite(scales) & (scales >= 0)))
+    if not wrong.size:
+        return None
+    i, j = (int(place) for place in wrong[0])
+    return f"is {scales[i, j]} at [{i}, {j}], expected finite scales that are not negative"
 
 
 class PublishedSource:
@@ -60,7 +69,7 @@ class PublishedSource:
     def tensors(self) -> dict[str, Stored]:
         """Every tensor by its published name, as it is read; scales are not tensors."""
         return {
-            name: Stored(file.tensors[name].shape, self._dtype(name))
+            name: Stored(file.tensors[name].shape, self.dtype(name))
             for name, file in self._files.items()
             if not name.endswith(SCALE_SUFFIX)
         }
@@ -85,25 +94,55 @@ class PublishedSource:
         """
         return self.decode(name, self._files[name].read(name, start, stop), start)
 
-    def decode(self, name: str, rows: np.ndarray, start: int) -> np.ndarray:
+    def decode(
+        self, name: str, rows: np.ndarray, start: int, float8_as: jax.typing.DTypeLike = np.float32
+    ) -> np.ndarray:
         """Rows as `read` returns them, from what the file holds of them.
+
+        Args:
+          float8_as: the dtype that float8 weights are multiplied out to.
 
         Raises:
           InputError: a scale is negative or not finite.
         """
         if not self.is_float8(name):
             return rows
+        scales = self._scales(name)
+        if fault := _first_fault(scales):
+            raise InputError(f"{self._files[name].path}: {name}{SCALE_SUFFIX} {fault}")
+        return dequantize(rows, scales, start, float8_as)
+
+    def _scales(self, name: str) -> np.ndarray:
         scale_name = name + SCALE_SUFFIX
         file = self._files[scale_name]
-        scales = file.read(scale_name, 0, file.tensors[scale_name].shape[0])
-        wrong = np.argwhere(~(np.isfinite(scales) & (scales >= 0)))
-        if wrong.size:
-            block = tuple(wrong[0])
-            raise InputError(
-                f"{file.path}: {scale_name} is {scales[block]} at {[int(i) for i in block]}, "
-                "expected finite scales that are not negative"
-            )
-        return dequantize(rows, scales, start)
+        return file.read(scale_name, 0, file.tensors[scale_name].shape[0])
+
+    def check_scales(self) -> None:
+        """Reads the scales of all float8 tensors.
+
+        Raises:
+          InputError: some are negative or not finite, or zero where a weight is not; all tensors
+            that have such are named.
+        """
+        faults = []
+        for name in self._files:
+            if name.endswith(SCALE_SUFFIX) or not self.is_float8(name):
+                continue
+            scales = self._scales(name)
+            if fault := _first_fault(scales) or self._zeroed(name, scales):
+                faults.append((name + SCALE_SUFFIX, fault))
+        if faults:
+            said = "; ".join(f"{subject} {fault}" for subject, fault, _ in by_family(faults))
+            raise InputError(f"{self.directory}: {said}")
+
+    def _zeroed(self, name: str, scales: np.ndarray) -> str | None:
+        """Where a scale of zero erases weights; quantizers give it to blocks of zeros, too."""
+        for i, j in np.argwhere(scales == 0):
+            last = min((i + 1) * BLOCK, self._files[name].tensors[name].shape[0])
+            rows = self._files[name].read(name, int(i) * BLOCK, int(last))
+            if rows[:, j * BLOCK : (j + 1) * BLOCK].astype(np.float32).any():
+                return f"is 0.0 at [{i}, {j}], where weights are not 0"
+        return None
 
     def check_copies(self) -> None:
         """Reads the copies of embedding and head that the MTP layer may carry, which are not kept.
@@ -121,7 +160,7 @@ class PublishedSource:
 
     def blocks(self, name: str) -> Iterator[tuple[int, int]]:
         """The portions of rows that a tensor is best read in: (start, stop)."""
-        place = layout(self._files[name].tensors[name].shape, self._dtype(name))
+        place = layout(self._files[name].tensors[name].shape, self.dtype(name))
         for position in place.positions():
             rows = place.region(position)[0]
             yield rows.start, rows.stop
@@ -135,6 +174,7 @@ class PublishedSource:
         for file in self.files():
             file.close()
 
-    def _dtype(self, name: str) -> np.dtype:
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype that a tensor is read in."""
         file_dtype = self._files[name].tensors[name].dtype
         return np.dtype(np.float32) if self.is_float8(name) else DTYPES[file_dtype]
