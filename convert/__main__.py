@@ -14,7 +14,7 @@ from glm5_jax.console import add_command, command_parser, run_command
 from glm5_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from convert.conversion import Converted, Effort
+    from convert.conversion import Converted, Effort, Outline
 
 _GOES_ON = (
     "DST appears when all of it is there. Until then, what is done is kept beside it, and the\n"
@@ -154,6 +154,9 @@ def _add_bounds(command: argparse.ArgumentParser) -> None:
 def _add_effort(command: argparse.ArgumentParser) -> None:
     _add_bounds(command)
     command.add_argument(
+        "--plan", action="store_true", help="say what would be read and written, and do nothing"
+    )
+    command.add_argument(
         "--process",
         type=share,
         default="0/1",
@@ -189,25 +192,35 @@ def _require_directory(path: Path) -> None:
 
 
 def _from_hf(args: argparse.Namespace) -> int:
-    from convert.to_native import from_published
+    from convert.to_native import from_published, outline
     from glm5_jax.checkpoint import is_native
 
     _require_directory(args.source)
     if is_native(args.source):
         raise InputError(f"{args.source}: is a native checkpoint, expected a published directory")
+    if args.plan:
+        return _print_plan(args, outline(args.source, args.float8_as))
     _tell(args, from_published(args.source, args.destination, args.float8_as, _effort(args)))
     return 0
 
 
 def _to_hf(args: argparse.Namespace) -> int:
-    from convert.to_published import to_published
+    from convert.to_published import outline, to_published
     from glm5_jax.checkpoint import PARAMS_NAME, is_native
 
     _require_directory(args.source)
     if not is_native(args.source):
         raise InputError(f"{args.source}: has no {PARAMS_NAME}, expected a native checkpoint")
+    if args.plan:
+        return _print_plan(args, outline(args.source, args.shard_size, args.dtype))
     done = to_published(args.source, args.destination, args.shard_size, args.dtype, _effort(args))
     _tell(args, done)
+    return 0
+
+
+def _print_plan(args: argparse.Namespace, outline: "Outline") -> int:
+    for line in outline.lines(args.destination, _effort(args)):
+        print(line)
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from rich.progress import DownloadColumn, TextColumn, TransferSpeedColumn
 
 from convert.workspace import Share, refuse_finished
+from glm5_jax.chunks import CHUNK_BYTES
 from glm5_jax.commands.arguments import report_unknown_keys
 from glm5_jax.console import Advance, notice, progress
 from glm5_jax.errors import InputError
@@ -35,6 +36,42 @@ class Effort:
 
 
 DEFAULT_EFFORT = Effort()
+
+
+class Outline(NamedTuple):
+    """What a conversion will do."""
+
+    num_shards: int  # of the published side
+    num_tensors: int
+    num_chunks: int  # of the native side
+    bytes_read: int
+    bytes_written: int
+
+    def lines(self, destination: Path, effort: Effort) -> Iterator[str]:
+        """For a reader."""
+        free = _free_at(destination)
+        yield f"{self.num_tensors:,} tensors in {self.num_shards:,} shards"
+        yield f"{self.num_chunks:,} chunks of at most {CHUNK_BYTES // 2**20} MiB"
+        yield f"{self.bytes_read:,} bytes to read"
+        yield f"{self.bytes_written:,} bytes to write, where {free:,} are free"
+        yield f"at most {effort.memory:,} bytes in hand, of {effort.num_threads} shards at a time"
+
+
+def _free_at(destination: Path) -> int:
+    """Bytes that can be written there."""
+    folder = destination.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def require_room(destination: Path, num_bytes: int) -> None:
+    """Raises `InputError` if so many bytes do not fit on the disk."""
+    free = _free_at(destination)
+    if num_bytes > free:
+        raise InputError(
+            f"{destination}: {num_bytes:,} bytes are to be written, where {free:,} are free"
+        )
 
 
 class Converted(NamedTuple):

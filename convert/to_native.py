@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -16,9 +17,11 @@ from convert.conversion import (
     DEFAULT_EFFORT,
     Converted,
     Effort,
+    Outline,
     check_destination,
     copy_along,
     report,
+    require_room,
     showing_progress,
 )
 from convert.finite import num_not_finite
@@ -47,6 +50,32 @@ class _Portion(NamedTuple):
     chunk: tuple[PublishedTensor, Slice] | None
 
 
+def outline(directory: Path, float8_as: jax.typing.DTypeLike | None = None) -> Outline:
+    """What `from_published` would do; only headers are read.
+
+    Raises:
+      InputError: as `from_published`.
+    """
+    with _opened(directory, float8_as) as (source, leaves):
+        return Outline(
+            num_shards=len(source.files()),
+            num_tensors=len(list(published_tensors(source.config))),
+            num_chunks=sum(math.prod(place.grid) for place in leaves.values()),
+            bytes_read=sum(file.version.size for file in source.files()),
+            bytes_written=sum(map(_num_bytes, leaves.values())),
+        )
+
+
+@contextlib.contextmanager
+def _opened(
+    directory: Path, float8_as: jax.typing.DTypeLike | None
+) -> Iterator[tuple[PublishedSource, dict[str, Layout]]]:
+    """A source, and how its weights will be laid out."""
+    with contextlib.closing(PublishedSource(directory)) as source:
+        report(source)
+        yield source, _native_layout(source, float8_as)
+
+
 class _Put(NamedTuple):
     """A chunk that is on the disk."""
 
@@ -73,9 +102,7 @@ def from_published(
       InputError: the source is not a whole, sound checkpoint, or the destination exists.
     """
     check_destination(destination, directory)
-    with contextlib.closing(PublishedSource(directory)) as source:
-        report(source)
-        leaves = _native_layout(source, float8_as)
+    with _opened(directory, float8_as) as (source, leaves):
         plan = {
             "source": str(directory.resolve()),
             "shards": {file.path.name: list(file.version) for file in source.files()},
@@ -111,11 +138,13 @@ class _Conversion:
     def run(self, destination: Path) -> Converted | None:
         shards = list(self._files)
         mine = self._workspace.mine(shards)
-        if mine:
-            self._source.check_scales()
-            self._source.check_copies()
         total = sum(file.version.size for file in self._files.values())
         left = sum(self._files[shard].version.size for shard in mine)
+        written = sum(map(_num_bytes, self._leaves.values()))
+        if mine:
+            require_room(destination, written * left // total)
+            self._source.check_scales()
+            self._source.check_copies()
         num_done = len(shards) - len(mine)
         pipeline = Pipeline(self._effort.memory, self._effort.num_threads)
         with (
@@ -137,7 +166,6 @@ class _Conversion:
                 return None
             self._tell_not_finite(records)
             self._commit(records)
-        written = sum(_num_bytes(place) for place in self._leaves.values())
         return Converted(len(self._tensors), written)
 
     def _convert(self, file: SafetensorsFile, pipeline: Pipeline, advance: Advance) -> Record:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +16,11 @@ from convert.conversion import (
     DEFAULT_EFFORT,
     Converted,
     Effort,
+    Outline,
     check_destination,
     copy_along,
     report,
+    require_room,
     showing_progress,
 )
 from convert.pipeline import Pipeline
@@ -51,13 +54,7 @@ def to_published(
       InputError: the source is not a whole, sound checkpoint, or the destination exists.
     """
     check_destination(destination, directory)
-    with contextlib.closing(NativeSource(directory)) as source:
-        report(source)
-        entries = [
-            Entry(name, stored.shape, _dtype_in(source, name, dtype) if dtype else stored.dtype)
-            for name, stored in source.tensors().items()
-        ]
-        shards = split_shards(entries, shard_bytes)
+    with _opened(directory, shard_bytes, dtype) as (source, shards):
         plan = {
             "source": str(directory.resolve()),
             "weights": file_digest(directory / PARAMS_NAME / MANIFEST_NAME),
@@ -67,6 +64,40 @@ def to_published(
         }
         with open_workspace(destination, plan, effort.share, restart=effort.restart) as workspace:
             return _Conversion(source, shards, dtype, workspace, effort).run(destination)
+
+
+def outline(
+    directory: Path, shard_bytes: int, dtype: jax.typing.DTypeLike | None = None
+) -> Outline:
+    """What `to_published` would do.
+
+    Raises:
+      InputError: as `to_published`.
+    """
+    with _opened(directory, shard_bytes, dtype) as (source, shards):
+        entries = [entry for shard in shards for entry in shard]
+        stored = source.tensors().values()
+        return Outline(
+            num_shards=len(shards),
+            num_tensors=len(entries),
+            num_chunks=sum(1 for entry in entries for _ in source.blocks(entry.name)),
+            bytes_read=sum(math.prod(each.shape) * each.dtype.itemsize for each in stored),
+            bytes_written=sum(entry.num_bytes for entry in entries),
+        )
+
+
+@contextlib.contextmanager
+def _opened(
+    directory: Path, shard_bytes: int, dtype: jax.typing.DTypeLike | None
+) -> Iterator[tuple[NativeSource, list[list[Entry]]]]:
+    """A source, and the files that its tensors will be in."""
+    with contextlib.closing(NativeSource(directory)) as source:
+        report(source)
+        entries = [
+            Entry(name, stored.shape, _dtype_in(source, name, dtype) if dtype else stored.dtype)
+            for name, stored in source.tensors().items()
+        ]
+        yield source, split_shards(entries, shard_bytes)
 
 
 class _Conversion:
@@ -90,6 +121,8 @@ class _Conversion:
         shards = list(self._shards)
         mine = self._workspace.mine(shards)
         total, left = self._num_bytes(shards), self._num_bytes(mine)
+        if mine:
+            require_room(destination, left)
         pipeline = Pipeline(self._effort.memory, self._effort.num_threads)
         num_done = len(shards) - len(mine)
         with (

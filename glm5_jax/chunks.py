@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 64 * 2**20
 
 Region = tuple[slice, ...]  # of an array; each slice has a start and a stop
 
@@ -60,6 +60,6 @@ def layout(shape: Sequence[int], dtype: jax.typing.DTypeLike, num_single_axes: i
     chunk = [1] * num_single_axes + list(shape[num_single_axes:])
     if num_single_axes < len(shape):
         row_bytes = int(np.prod(shape[num_single_axes + 1 :], dtype=np.int64)) * held.itemsize
-        rows = max(1, _CHUNK_BYTES // max(1, row_bytes))
+        rows = max(1, CHUNK_BYTES // max(1, row_bytes))
         chunk[num_single_axes] = min(chunk[num_single_axes], rows)
     return Layout(tuple(shape), held, tuple(chunk))

@@ -1,4 +1,6 @@
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -72,7 +74,7 @@ def test_weights_can_be_rounded_on_their_way_out(tmp_path):
 
 
 def test_leaves_in_several_chunks_come_back_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 3000)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 3000)
     source = write_published(tmp_path / "source", GROUPED, random_weights(GROUPED))
     back = there_and_back(tmp_path, source)
     assert tensor_bytes(back) == tensor_bytes(source)
@@ -376,6 +378,47 @@ def test_a_destination_that_cannot_be_is_named(tmp_path, capsys, place, named):
     assert main(["from-hf", str(source), str(tmp_path / place)]) == 2
     error = capsys.readouterr().err
     assert str(tmp_path / place) in error and named in error
+
+
+def test_a_disk_that_is_too_small_is_named_before_anything_is_written(
+    tmp_path, capsys, monkeypatch
+):
+    source = write_published(tmp_path / "source", TINY, random_weights(TINY))
+    native = tmp_path / "native"
+    assert main(["from-hf", str(source), str(native)]) == 0
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    for command, origin in (("from-hf", source), ("to-hf", native)):
+        assert main([command, str(origin), str(tmp_path / "new")]) == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path / 'new'}: 2,2" in error and "where 1,000,000 are free" in error
+        assert {path.name for path in tmp_path.iterdir()} == {"source", "native"}
+
+
+def test_a_plan_says_what_would_be_done_and_does_nothing(tmp_path, capsys):
+    source = write_published(tmp_path / "source", TINY, random_weights(TINY), num_shards=3)
+    native = tmp_path / "native"
+    assert main(["from-hf", str(source), str(native), "--plan"]) == 0
+    planned = capsys.readouterr().out
+    assert not native.exists()
+    assert main(["from-hf", str(source), str(native)]) == 0
+    said = capsys.readouterr().out
+    tensors, size = re.search(r": (\d+) tensors, ([\d,]+) bytes", said).groups()
+    files = [path for path in native.rglob("*") if re.fullmatch(r"[\d.]+", path.name)]
+    assert f"{tensors} tensors in 3 shards" in planned and f"{size} bytes to write" in planned
+    assert f"{len(files)} chunks" in planned
+    assert (
+        f"{sum(p.stat().st_size for p in source.glob('*.safetensors')):,} bytes to read" in planned
+    )
+
+    options = ["--shard-size", "300KB"]
+    assert main(["to-hf", str(native), str(tmp_path / "back"), "--plan", *options]) == 0
+    planned = capsys.readouterr().out
+    assert not (tmp_path / "back").exists()
+    assert main(["to-hf", str(native), str(tmp_path / "back"), *options]) == 0
+    shards = len(list((tmp_path / "back").glob("*.safetensors")))
+    assert f"{tensors} tensors in {shards} shards" in planned
+    assert f"{size} bytes to read" in planned and f"{size} bytes to write" in planned
 
 
 def test_a_full_disk_is_one_line_that_names_the_destination(tmp_path):

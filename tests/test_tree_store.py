@@ -24,7 +24,7 @@ DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 @pytest.fixture
 def saved(tmp_path, monkeypatch):
-    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 60)  # a.c in chunks of three rows
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 60)  # a.c in chunks of three rows
     leaves = {
         leaf: layout(x.shape, x.dtype, num_single_axes=leaf == "a.b") for leaf, x in TREE.items()
     }
@@ -39,7 +39,7 @@ def saved(tmp_path, monkeypatch):
 @pytest.mark.parametrize("fetched_whole", [0, 2**26], ids=["slices", "whole"])
 def test_sharded_leaves_are_put_together_chunk_by_chunk(tmp_path, monkeypatch, fetched_whole):
     """Shards of x.w, 3 by 5, are neither parts of its chunks, 4 by 10, nor made of them."""
-    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 80)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 80)
     monkeypatch.setattr("glm5_jax.mesh._FETCHED_WHOLE", fetched_whole)
     mesh = make_mesh({"data": 4, "expert": 1, "model": 2})
     held = {"x.w": np.arange(120).reshape(12, 10).astype(jnp.bfloat16), "x.all": np.array(3.5)}
