@@ -11,7 +11,7 @@ from rich.progress import TextColumn
 from glm5_jax.checkpoint import is_native
 from glm5_jax.config_json import config_to_json
 from glm5_jax.console import progress
-from glm5_jax.published.check import by_family
+from glm5_jax.published.families import by_family
 from glm5_jax.published.native import NativeSource
 from glm5_jax.published.source import PublishedSource
 

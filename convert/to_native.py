@@ -25,14 +25,15 @@ from convert.conversion import (
     showing_progress,
 )
 from convert.finite import num_not_finite
+from convert.native_layout import layout_json, native_json, native_layout, num_bytes
 from convert.pipeline import Pipeline
 from convert.record import write_record
 from convert.workspace import Record, Workspace, open_workspace
-from glm5_jax.checkpoint import CONFIG_NAME, PARAMS_NAME, params_layout, write_text_files
+from glm5_jax.checkpoint import CONFIG_NAME, PARAMS_NAME, write_text_files
 from glm5_jax.chunks import Layout
 from glm5_jax.console import Advance, notice
 from glm5_jax.errors import InputError
-from glm5_jax.published.check import by_family
+from glm5_jax.published.families import by_family
 from glm5_jax.published.names import PublishedTensor, published_tensors
 from glm5_jax.published.safetensors import SafetensorsFile
 from glm5_jax.published.slices import Slice, slices
@@ -62,7 +63,7 @@ def outline(directory: Path, float8_as: jax.typing.DTypeLike | None = None) -> O
             num_tensors=len(list(published_tensors(source.config))),
             num_chunks=sum(math.prod(place.grid) for place in leaves.values()),
             bytes_read=sum(file.version.size for file in source.files()),
-            bytes_written=sum(map(_num_bytes, leaves.values())),
+            bytes_written=sum(map(num_bytes, leaves.values())),
         )
 
 
@@ -73,7 +74,7 @@ def _opened(
     """A source, and how its weights will be laid out."""
     with contextlib.closing(PublishedSource(directory)) as source:
         report(source)
-        yield source, _native_layout(source, float8_as)
+        yield source, native_layout(source, float8_as)
 
 
 class _Put(NamedTuple):
@@ -106,7 +107,7 @@ def from_published(
         plan = {
             "source": str(directory.resolve()),
             "shards": {file.path.name: list(file.version) for file in source.files()},
-            "leaves": {leaf: _layout_json(place) for leaf, place in leaves.items()},
+            "leaves": {leaf: layout_json(place) for leaf, place in leaves.items()},
             "config": source.raw_config,
         }
         with open_workspace(destination, plan, effort.share, restart=effort.restart) as workspace:
@@ -140,7 +141,7 @@ class _Conversion:
         mine = self._workspace.mine(shards)
         total = sum(file.version.size for file in self._files.values())
         left = sum(self._files[shard].version.size for shard in mine)
-        written = sum(map(_num_bytes, self._leaves.values()))
+        written = sum(map(num_bytes, self._leaves.values()))
         if mine:
             require_room(destination, written * left // total)
             self._source.check_scales()
@@ -267,39 +268,5 @@ class _Conversion:
         options = {"float8 as": jnp.dtype(self._float8_as).name} if self._float8_as else {}
         write_record(content, "from-hf", origin, options, read=read, written={})
         copy_along(origin, content)
-        write_text_files(content, _native_json(self._source), origin)
+        write_text_files(content, native_json(self._source), origin)
         self._writer.commit(beside=[CONFIG_NAME])
-
-
-def _num_bytes(place: Layout) -> int:
-    return int(np.prod(place.shape, dtype=np.int64)) * place.dtype.itemsize
-
-
-def _layout_json(place: Layout) -> list[Any]:
-    return [list(place.shape), place.dtype.name, list(place.chunk)]
-
-
-def _native_layout(
-    source: PublishedSource, float8_as: jax.typing.DTypeLike | None
-) -> dict[str, Layout]:
-    """Leaves keep the dtype of their tensors; float8 becomes what is asked for.
-
-    Where some tensors of a leaf are float8 and others not, all become what holds both.
-    """
-    stored = source.tensors()
-    dtypes: dict[str, jax.typing.DTypeLike] = {}
-    with jax.numpy_dtype_promotion("standard"):  # asks for what holds both, and mixes no arrays
-        for tensor in published_tensors(source.config):
-            dtype: jax.typing.DTypeLike = stored[tensor.name].dtype
-            if source.is_float8(tensor.name):
-                dtype = float8_as or source.config.dtype
-            dtypes[tensor.leaf] = jnp.promote_types(dtypes.get(tensor.leaf, dtype), dtype)
-    return params_layout(source.config, dtypes)
-
-
-def _native_json(source: PublishedSource) -> dict[str, Any]:
-    """The source's own `config.json`, but for what is no longer so."""
-    raw = {key: value for key, value in source.raw_config.items() if key != "quantization_config"}
-    if source.lacks_mtp:
-        raw["num_nextn_predict_layers"] = 0
-    return raw

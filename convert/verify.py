@@ -16,7 +16,7 @@ from convert.pipeline import Pipeline
 from convert.record import RECORD_NAME, written_files
 from glm5_jax.console import progress
 from glm5_jax.errors import InputError
-from glm5_jax.published.check import by_family
+from glm5_jax.published.families import by_family
 from glm5_jax.published.native import NativeSource
 from glm5_jax.published.source import Stored
 

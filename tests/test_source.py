@@ -178,6 +178,43 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path, weights):
     assert "ghost is not in model-00001-of-00002.safetensors" in str(caught.value)
 
 
+def test_every_file_that_is_damaged_is_named(tmp_path, weights):
+    write_published(tmp_path, TINY, weights, 5)
+    for number, cut in ((2, 10), (4, -7)):
+        path = tmp_path / f"model-0000{number}-of-00005.safetensors"
+        path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(InputError) as caught:
+        PublishedSource(tmp_path)
+    said = str(caught.value)
+    assert "model-00002-of-00005.safetensors: not a valid" in said
+    assert "model-00004-of-00005.safetensors: not a valid" in said and "00003" not in said
+
+
+def test_every_name_of_an_index_that_leads_elsewhere_is_named(tmp_path, weights):
+    write_published(tmp_path, TINY, weights, 2)
+    experts = [name for name in weights if "experts" in name]
+    edit_index(tmp_path, lambda weight_map: weight_map.update(dict.fromkeys(experts, "../x")))
+    edit_index(tmp_path, lambda weight_map: weight_map.update({NORM: "/etc/passwd"}))
+    with pytest.raises(InputError) as caught:
+        PublishedSource(tmp_path)
+    said = str(caught.value)
+    assert "experts.*.up_proj.weight (40 tensors" in said and "'/etc/passwd'" in said
+    assert len(said) < 2000
+
+
+def test_an_index_that_lists_half_is_one_short_line(tmp_path, weights):
+    write_published(tmp_path, TINY, weights, 2)
+
+    def forget(weight_map):
+        for name in list(weight_map)[::2]:
+            del weight_map[name]
+
+    edit_index(tmp_path, forget)
+    with pytest.raises(InputError) as caught:
+        PublishedSource(tmp_path)
+    assert "tensors, such as" in str(caught.value) and len(str(caught.value)) < 6000
+
+
 def test_a_tensor_in_two_files_is_refused(tmp_path, weights):
     write_published(tmp_path, TINY, weights, 2)
     first = write_published(tmp_path / "again", TINY, weights) / "model.safetensors"

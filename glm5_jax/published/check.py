@@ -1,15 +1,13 @@
 """Whether the tensors of a published checkpoint are those its config demands."""
 
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 from glm5_jax.config import Config
+from glm5_jax.published.families import by_family
 from glm5_jax.published.fp8 import SCALE_SUFFIX, scale_shape
+from glm5_jax.published.header import TensorInfo
 from glm5_jax.published.names import PublishedTensor, published_tensors
-from glm5_jax.published.safetensors import DTYPES, FLOAT8, TensorInfo
-
-_MOST_NAMED = 3  # of tensors with one fault whose names differ only in numbers
+from glm5_jax.published.safetensors import DTYPES, FLOAT8
 
 
 def tensor_problems(
@@ -76,25 +74,3 @@ def _mixed(
         dtype = first.setdefault(tensor.leaf, info.dtype)
         if info.dtype != dtype:
             yield tensor.name, f"has dtype {info.dtype}, expected {dtype} as in other layers"
-
-
-def by_family(faults: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str, list[str]]]:
-    """Puts tensors of one fault together if many have it whose names differ only in numbers.
-
-    Yields:
-      How to call the tensors, their fault, and their names.
-    """
-    families: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for name, fault in faults:
-        families[re.sub(r"\d+", "*", name), fault].append(name)
-    for (pattern, fault), names in families.items():
-        if len(names) <= _MOST_NAMED:
-            yield from ((_printable(name), fault, [name]) for name in names)
-        else:
-            example = _printable(names[0])
-            yield f"{_printable(pattern)} ({len(names)} tensors, such as {example})", fault, names
-
-
-def _printable(name: str) -> str:
-    """A name from a file, which may hold what moves a terminal's cursor."""
-    return name if name.isprintable() else repr(name)

@@ -3,8 +3,10 @@
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from glm5_jax.errors import InputError
+from glm5_jax.published.families import by_family
 from glm5_jax.published.safetensors import SafetensorsFile
 from glm5_jax.strict_json import read_json
 
@@ -38,7 +40,14 @@ def open_files(directory: Path) -> dict[str, SafetensorsFile]:
 
     opened: list[SafetensorsFile] = []
     try:
-        opened.extend(SafetensorsFile(_inside(directory, name)) for name in names)
+        faults = []
+        for name in names:
+            try:
+                opened.append(SafetensorsFile(_inside(directory, name)))
+            except InputError as error:
+                faults.append(str(error))
+        if faults:
+            raise InputError("; ".join(faults))
         if listed is not None:
             _compare(index_path, listed, opened)
     except BaseException:
@@ -52,14 +61,25 @@ def _read_index(path: Path) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: weight_map is missing or not an object")
-    for tensor, name in weight_map.items():
-        plain = isinstance(name, str) and name == os.path.basename(name) and "\0" not in name
-        if not plain or "\\" in name or not name.endswith(".safetensors"):
-            raise InputError(
-                f"{path}: tensor {tensor} is said to be in {name!r}, expected the plain name of a "
-                ".safetensors file"
-            )
+    faults = [
+        (tensor, f"is said to be in {name!r:.80}, expected the plain name of a .safetensors file")
+        for tensor, name in weight_map.items()
+        if not _is_plain(name)
+    ]
+    if faults:
+        said = "; ".join(f"tensor {subject} {fault}" for subject, fault, _ in by_family(faults))
+        raise InputError(f"{path}: {said}")
     return weight_map
+
+
+def _is_plain(name: Any) -> bool:
+    """Whether it is the name of a tensor file, and no path that could lead elsewhere."""
+    return (
+        isinstance(name, str)
+        and name == os.path.basename(name)
+        and not set("\0\\") & set(name)
+        and name.endswith(".safetensors")
+    )
 
 
 def _inside(directory: Path, name: str) -> Path:
@@ -80,12 +100,13 @@ def _compare(index_path: Path, listed: dict[str, str], files: list[SafetensorsFi
     held = [(name, file.path.name) for file in files for name in file.tensors]
     times = Counter(name for name, _ in held)
     pairs = set(held)
-    problems = [f"{name} stands in {count} files" for name, count in times.items() if count > 1]
-    problems += [f"{name} is not listed" for name in times if name not in listed]
-    problems += [
-        f"{name} is not in {file}"
+    faults = [(name, f"stands in {count} files") for name, count in times.items() if count > 1]
+    faults += [(name, "is not listed") for name in times if name not in listed]
+    faults += [
+        (name, f"is not in {file}")
         for name, file in listed.items()
         if (name, file) not in pairs and times[name] < 2
     ]
-    if problems:
-        raise InputError(f"{index_path}: {'; '.join(problems)}")
+    if faults:
+        said = "; ".join(f"{subject} {fault}" for subject, fault, _ in by_family(faults))
+        raise InputError(f"{index_path}: {said}")

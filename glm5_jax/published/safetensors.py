@@ -1,7 +1,8 @@
 """Reading safetensors files slice by slice, without trusting them.
 
-The safetensors library checks a file's layout, but keeps the last of two tensors of one name and
-cannot hand float8 to numpy; so its check comes first, and the header is then read again here.
+The safetensors library names one fault of a file and keeps the last of two tensors of one name, and
+cannot hand float8 to numpy; so headers are read and checked here. What passes and the library
+refuses is refused, too.
 """
 
 import os
@@ -15,23 +16,17 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from glm5_jax.errors import InputError
+from glm5_jax.published.header import LONGEST, TensorInfo, tensors_of
 from glm5_jax.strict_json import parse_json
 
 FLOAT8 = "F8_E4M3"
+_NOT_VALID = "not a valid safetensors file"
 DTYPES: dict[str, np.dtype] = {
     "F32": jnp.dtype("float32"),
     "F16": jnp.dtype("float16"),
     "BF16": jnp.dtype("bfloat16"),
     FLOAT8: jnp.dtype("float8_e4m3fn"),
 }
-
-
-class TensorInfo(NamedTuple):
-    """What a header says of a tensor."""
-
-    dtype: str  # as the file spells it
-    shape: tuple[int, ...]
-    start: int  # of its bytes, counted from the start of the file
 
 
 class Version(NamedTuple):
@@ -59,28 +54,31 @@ class SafetensorsFile:
             if not stat.S_ISREG(os.fstat(self._file).st_mode):
                 raise InputError(f"{path}: not a file")
             self.version = self._current_version()
+            self.tensors = self._read_header()
             with safe_open(path, framework="np"):
                 pass
-            self.tensors = self._read_header()
         except SafetensorError as error:
             self.close()
-            hint = "; is it truncated?" if "not fully covered" in str(error) else ""
-            raise InputError(f"{path}: not a valid safetensors file: {error}{hint}") from None
+            raise InputError(f"{path}: {_NOT_VALID}: {error}") from None
         except BaseException:
             self.close()
             raise
 
     def _read_header(self) -> dict[str, TensorInfo]:
+        where = f"{self.path}: {_NOT_VALID}"
         length = int.from_bytes(os.pread(self._file, 8, 0), "little")
-        header = parse_json(os.pread(self._file, length, 8), str(self.path))
-        header.pop("__metadata__", None)
         self.data_start = 8 + length  # where the header ends, in bytes
-        return {
-            name: TensorInfo(
-                entry["dtype"], tuple(entry["shape"]), self.data_start + entry["data_offsets"][0]
+        if length > LONGEST or self.data_start > self.version.size:
+            raise InputError(
+                f"{where}: its first bytes promise a header of {length:,} bytes, the file has "
+                f"{self.version.size:,}; is it truncated?"
             )
-            for name, entry in header.items()
-        }
+        found = parse_json(os.pread(self._file, length, 8), where)
+        size = self.version.size - self.data_start
+        tensors, faults = tensors_of(found, self.data_start, size)
+        if faults:
+            raise InputError(f"{where}: {'; '.join(faults)}")
+        return tensors
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` of a tensor's first axis, in the dtype of the file.

@@ -11,7 +11,8 @@ import numpy as np
 from glm5_jax.chunks import layout
 from glm5_jax.config_json import read_config
 from glm5_jax.errors import InputError
-from glm5_jax.published.check import by_family, tensor_problems
+from glm5_jax.published.check import tensor_problems
+from glm5_jax.published.families import by_family
 from glm5_jax.published.files import open_files
 from glm5_jax.published.fp8 import BLOCK, SCALE_SUFFIX, dequantize
 from glm5_jax.published.names import MTP_COPIES, layer_prefix
