@@ -24,6 +24,7 @@ _GOES_ON = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a conversion leaves accelerators to others
     parser, commands = command_parser(
         "glm5-convert", "Converts GLM-5 checkpoints between the published layout and ours."
     )

@@ -18,7 +18,11 @@ def num_not_finite(array: np.ndarray) -> int:
     """How many elements are NaN or infinite; a contiguous array is not copied."""
     mask = _MASKS[array.dtype]
     bits = np.ascontiguousarray(array).view(mask.dtype).reshape(-1)
+    masked = np.empty(min(bits.size, _BLOCK), mask.dtype)
     count = 0
     for start in range(0, bits.size, _BLOCK):
-        count += int(np.count_nonzero(bits[start : start + _BLOCK] & mask == mask))
+        block = bits[start : start + _BLOCK]
+        exponents = np.bitwise_and(block, mask, out=masked[: block.size])
+        if exponents.max(initial=0) == mask:  # faster than counting, and hardly ever so
+            count += int(np.count_nonzero(exponents == mask))
     return count

@@ -190,6 +190,8 @@ class _Conversion:
             digest.update(data)
         file.require_unchanged()
         chunks = [done for each in putting if (done := each.result())]
+        if self._writer is not None:
+            self._writer.flush()
         not_finite: Counter[str] = Counter()
         for chunk in chunks:
             not_finite[chunk.tensor] += chunk.num_not_finite

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from glm5_jax.atomic import locked, make_parent, named_errors, refuse_existing
+from glm5_jax.atomic import locked, make_parent, named_errors, refuse_existing, sync
 from glm5_jax.errors import InputError
 from glm5_jax.strict_json import parse_json, read_json
 
@@ -95,15 +95,6 @@ class Workspace:
             self.content.rename(destination)
             sync(destination.parent)
         shutil.rmtree(self.directory, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Has a file or folder written to the disk."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def _directory_of(destination: Path) -> Path:

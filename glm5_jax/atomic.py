@@ -84,6 +84,15 @@ def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
         os.close(opened)
 
 
+def sync(path: Path) -> None:
+    """Has a file or folder written to the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def remove_unfinished() -> None:
     """Removes whatever is being written, for a process that ends without leaving its contexts."""
     for path in list(_unfinished):

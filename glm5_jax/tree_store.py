@@ -2,14 +2,15 @@
 
 Orbax restores a flipped bit without a word and casts to whatever dtype it is asked for; so every
 chunk's SHA-256 is kept in a manifest and compared when the chunk is read. Chunks are written and
-read one by one, uncompressed, each in a file of its own, with TensorStore as Orbax does: memory is
-bounded by a chunk, not by a leaf, and a damaged chunk is named. Orbax gives the tree its metadata
-and can restore it on its own.
+read one by one, uncompressed, each in a file of its own: memory is bounded by a chunk, not by a
+leaf, and a damaged chunk is named. Orbax and TensorStore give the tree its metadata and can restore
+it on their own; chunks are read and written without them, who would copy them twice.
 """
 
 import concurrent.futures
 import hashlib
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class TreeReader:
         self.directory = directory
         self.leaves: dict[str, Layout] = {}
         self._digests: dict[str, dict[tuple[int, ...], str]] = {}
-        self._stores: dict[str, Any] = {}
+        self._opened: set[str] = set()
         path = directory / MANIFEST_NAME
         manifest = read_json(path)
         if manifest.get("format") != FORMAT:
@@ -105,20 +106,37 @@ class TreeReader:
         """
         place = self.leaves[leaf]
         where = f"{self.directory}: leaf {leaf}, chunk {chunk_name(position)}"
+        self._require_zarr(leaf, where)
+        stored = np.empty(place.chunk, place.dtype)
         try:
-            if leaf not in self._stores:
-                spec = zarr_spec(self.directory / leaf, place)
-                self._stores[leaf] = ts.open(spec, open=True).result()
-            chunk = np.asarray(self._stores[leaf][place.region(position)].read().result())
+            with (self.directory / leaf / chunk_name(position)).open("rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != stored.nbytes:
+                    expected = f"expected {stored.nbytes:,}"
+                    raise InputError(f"{where}: damaged, has {size:,} bytes, {expected}")
+                view = stored.reshape(-1).view(np.uint8).data
+                while view and (count := file.readinto(view)):
+                    view = view[count:]
+        except FileNotFoundError:
+            raise InputError(f"{where}: is missing") from None
+        except OSError as error:
+            raise InputError(f"{where}: cannot be read: {error.strerror}") from None
+        region = place.region(position)  # the last one of an axis is padded on the disk
+        chunk = stored[tuple(slice(part.stop - part.start) for part in region)]
+        if chunk_digest(chunk) != self._digests[leaf][position]:
+            raise InputError(f"{where}: damaged, its SHA-256 is not the one in {MANIFEST_NAME}")
+        return chunk
+
+    def _require_zarr(self, leaf: str, where: str) -> None:
+        """Once for a leaf, has TensorStore look whether its metadata are those of the manifest."""
+        if leaf in self._opened:
+            return
+        try:
+            ts.open(zarr_spec(self.directory / leaf, self.leaves[leaf]), open=True).result()
         except ValueError as error:
             reason = str(error).partition(" [")[0]
             raise InputError(f"{where}: cannot be read: {reason:.200}") from None
-        if chunk_digest(chunk) != self._digests[leaf][position]:
-            # A chunk that is not there reads as zeros.
-            if not (self.directory / leaf / chunk_name(position)).exists():
-                raise InputError(f"{where}: is missing")
-            raise InputError(f"{where}: damaged, its SHA-256 is not the one in {MANIFEST_NAME}")
-        return chunk
+        self._opened.add(leaf)
 
     def restore(self, leaf: str, sharding: jax.sharding.Sharding) -> jax.Array:
         """Restores a whole leaf into a sharding, in the dtype it is stored in.

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from glm5_jax.atomic import sync
 from glm5_jax.chunks import Layout
 from glm5_jax.mesh import fetch_part
 from glm5_jax.tree_store import (
@@ -30,7 +32,7 @@ from glm5_jax.tree_store import (
 class TreeWriter:
     """Writes a tree chunk by chunk; `commit` makes it a checkpoint.
 
-    Chunks are on the disk when `put` returns, so that whatever ends the process before `commit`,
+    Chunks are on the disk when `flush` returns, so that whatever ends the process before `commit`,
     another writer can go on: what was put is named to it by `has_put`. Several threads may put.
     A chunk is a plain file of its elements, so it is written without TensorStore, which makes
     copies and does not tell why a write failed.
@@ -44,6 +46,8 @@ class TreeWriter:
         """
         self._directory = directory
         self._staging = directory.with_name(directory.name + ".staging")
+        self._unflushed: list[Path] = []
+        self._flushing = threading.Lock()
         self._unfinished = directory.with_name(directory.name + ".unfinished")
         self._leaves = leaves
         self._digests: dict[str, dict[tuple[int, ...], str]] = {leaf: {} for leaf in leaves}
@@ -77,11 +81,22 @@ class TreeWriter:
             view = np.ascontiguousarray(padded).view(np.uint8).reshape(-1).data
             while view:
                 view = view[file.write(view) :]
-            os.fsync(file.fileno())
         unfinished.replace(path)
+        self._unflushed.append(path)
         digest = chunk_digest(chunk)
         self.has_put(leaf, position, digest)
         return digest
+
+    def flush(self) -> None:
+        """Has all that was put so far written to the disk.
+
+        Many chunks at a time, for much of it is there already then, and a file system commits them
+        together.
+        """
+        with self._flushing:  # who comes second waits for what the first one took
+            paths, self._unflushed = self._unflushed, []
+            for path in paths:
+                sync(path)
 
     def has_put(self, leaf: str, position: tuple[int, ...], digest: str) -> None:
         """Notes that a chunk of that digest was put by another writer."""
@@ -106,6 +121,7 @@ class TreeWriter:
                 for leaf, place in self._leaves.items()
             },
         }
+        self.flush()
         self._add_metadata()
         manifest["metadata_sha256"] = file_digest(self._staging / METADATA_NAME)
         manifest["beside"] = {name: file_digest(self._directory.parent / name) for name in beside}
