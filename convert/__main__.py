@@ -1,20 +1,19 @@
 """The `glm5-convert` command."""
 
 import argparse
-import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convert.arguments import portion, setting, share, size
+from convert.arguments import add_bounds, add_effort, effort_of, portion, setting, size
 from glm5_jax.commands.arguments import integer
 from glm5_jax.console import add_command, command_parser, run_command
 from glm5_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from convert.conversion import Converted, Effort, Outline
+    from convert.conversion import Converted, Outline
 
 _GOES_ON = (
     "DST appears when all of it is there. Until then, what is done is kept beside it, and the\n"
@@ -48,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="make nothing of weights some of which are NaN or infinite, which are named anyway",
     )
-    _add_effort(command)
+    add_effort(command)
     command = add_command(
         commands,
         "to-hf",
@@ -65,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=["bfloat16", "float32"],
         help="round weights to it, but for router biases (default: as they are)",
     )
-    _add_effort(command)
+    add_effort(command)
     command = add_command(
         commands,
         "check",
@@ -103,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument(
         "--seed", type=integer(0), default=0, metavar="N", help="of what --sample chooses"
     )
-    _add_bounds(command)
+    add_bounds(command)
     command = add_command(
         commands,
         "synthesize",
@@ -136,57 +135,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(parser, arguments)
 
 
-def _add_bounds(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--memory",
-        type=size,
-        metavar="SIZE",
-        help="most that weights on their way may take, such as 4GiB (default: a quarter of what "
-        "the machine has)",
-    )
-    command.add_argument(
-        "--threads",
-        type=integer(1, 1024),
-        metavar="N",
-        help="shards, and chunks, that are worked on at a time (default: as many as processors)",
-    )
-
-
-def _add_effort(command: argparse.ArgumentParser) -> None:
-    _add_bounds(command)
-    command.add_argument(
-        "--plan", action="store_true", help="say what would be read and written, and do nothing"
-    )
-    command.add_argument(
-        "--process",
-        type=share,
-        default="0/1",
-        metavar="I/N",
-        help="do the share I, from 0, of N processes; the last one to end makes DST",
-    )
-    command.add_argument(
-        "--restart", action="store_true", help="throw away what is done and begin anew"
-    )
-
-
-def _effort(args: argparse.Namespace) -> "Effort":
-    from convert.conversion import Effort, quarter_of_memory
-    from convert.workspace import Share
-
-    bounds = Effort(
-        memory=args.memory or quarter_of_memory(),
-        num_threads=args.threads or os.cpu_count() or 1,
-    )
-    if "process" not in args:  # nothing is shared
-        return bounds
-    return dataclasses.replace(
-        bounds,
-        share=Share(*args.process),
-        restart=args.restart,
-        strict=getattr(args, "strict", False),
-    )
-
-
 def _require_directory(path: Path) -> None:
     if not path.is_dir():
         raise InputError(f"{path}: is not a directory, expected one with a checkpoint")
@@ -201,7 +149,7 @@ def _from_hf(args: argparse.Namespace) -> int:
         raise InputError(f"{args.source}: is a native checkpoint, expected a published directory")
     if args.plan:
         return _print_plan(args, outline(args.source, args.float8_as))
-    _tell(args, from_published(args.source, args.destination, args.float8_as, _effort(args)))
+    _tell(args, from_published(args.source, args.destination, args.float8_as, effort_of(args)))
     return 0
 
 
@@ -214,13 +162,13 @@ def _to_hf(args: argparse.Namespace) -> int:
         raise InputError(f"{args.source}: has no {PARAMS_NAME}, expected a native checkpoint")
     if args.plan:
         return _print_plan(args, outline(args.source, args.shard_size, args.dtype))
-    done = to_published(args.source, args.destination, args.shard_size, args.dtype, _effort(args))
+    done = to_published(args.source, args.destination, args.shard_size, args.dtype, effort_of(args))
     _tell(args, done)
     return 0
 
 
 def _print_plan(args: argparse.Namespace, outline: "Outline") -> int:
-    for line in outline.lines(args.destination, _effort(args)):
+    for line in outline.lines(args.destination, effort_of(args)):
         print(line)
     return 0
 
@@ -270,7 +218,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     for path in filter(None, (args.directory, args.against)):
         _require_directory(path)
-    found = verify(args.directory, args.against, args.sample, args.seed, _effort(args))
+    found = verify(args.directory, args.against, args.sample, args.seed, effort_of(args))
     tensors = f"{found.num_tensors} tensors" if found.num_tensors else ""
     files = f"{found.num_files} files" if found.num_files else ""
     looked = " and ".join(filter(None, (tensors, files)))

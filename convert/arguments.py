@@ -1,8 +1,16 @@
-"""Types of the arguments of `glm5-convert`."""
+"""Arguments of `glm5-convert` that several commands take, and their types."""
 
 import argparse
+import dataclasses
 import json
+import os
 import re
+from typing import TYPE_CHECKING
+
+from glm5_jax.commands.arguments import integer
+
+if TYPE_CHECKING:
+    from convert.conversion import Effort
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -48,3 +56,57 @@ def setting(text: str) -> tuple[str, object]:
         if key and equals and re.fullmatch(r"[\w.-]+", value):
             return key, value
     raise argparse.ArgumentTypeError(f"is {text!r:.80}, expected KEY=VALUE, VALUE in JSON")
+
+
+def add_bounds(command: argparse.ArgumentParser) -> None:
+    """Adds what bounds a command's use of the machine."""
+    command.add_argument(
+        "--memory",
+        type=size,
+        metavar="SIZE",
+        help="most that weights on their way may take, such as 4GiB (default: a quarter of what "
+        "the machine has)",
+    )
+    command.add_argument(
+        "--threads",
+        type=integer(1, 1024),
+        metavar="N",
+        help="shards, and chunks, that are worked on at a time (default: as many as processors)",
+    )
+
+
+def add_effort(command: argparse.ArgumentParser) -> None:
+    """Adds how a conversion is gone about."""
+    add_bounds(command)
+    command.add_argument(
+        "--plan", action="store_true", help="say what would be read and written, and do nothing"
+    )
+    command.add_argument(
+        "--process",
+        type=share,
+        default="0/1",
+        metavar="I/N",
+        help="do the share I, from 0, of N processes; the last one to end makes DST",
+    )
+    command.add_argument(
+        "--restart", action="store_true", help="throw away what is done and begin anew"
+    )
+
+
+def effort_of(args: argparse.Namespace) -> "Effort":
+    """What `add_bounds` and `add_effort` read."""
+    from convert.conversion import Effort, quarter_of_memory
+    from convert.workspace import Share
+
+    bounds = Effort(
+        memory=args.memory or quarter_of_memory(),
+        num_threads=args.threads or os.cpu_count() or 1,
+    )
+    if "process" not in args:  # nothing is shared
+        return bounds
+    return dataclasses.replace(
+        bounds,
+        share=Share(*args.process),
+        restart=args.restart,
+        strict=getattr(args, "strict", False),
+    )
