@@ -1,6 +1,5 @@
 """What conversions in both directions share."""
 
-import contextlib
 import dataclasses
 import os
 import shutil
@@ -8,12 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.progress import DownloadColumn, TextColumn, TransferSpeedColumn
-
 from convert.workspace import Share, refuse_finished
 from glm5_jax.chunks import CHUNK_BYTES
 from glm5_jax.commands.arguments import report_unknown_keys
-from glm5_jax.console import Advance, notice, progress
+from glm5_jax.console import notice
 from glm5_jax.errors import InputError
 from glm5_jax.published.native import NativeSource
 from glm5_jax.published.source import PublishedSource
@@ -79,25 +76,6 @@ class Converted(NamedTuple):
 
     num_tensors: int
     num_bytes: int  # as written
-
-
-@contextlib.contextmanager
-def showing_progress(
-    description: str, num_shards: int, num_bytes: int, done_shards: int, done_bytes: int
-) -> Iterator[Advance]:
-    """A bar in bytes that also counts shards."""
-    with progress(
-        description,
-        num_bytes,
-        TextColumn("{task.fields[done]}/" + f"{num_shards} shards"),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        done=done_shards,
-    ) as advance:
-        if done_shards:
-            notice(f"{done_shards} of {num_shards} shards are done already")
-            advance(done_bytes)
-        yield advance
 
 
 def check_destination(destination: Path, source: Path) -> None:

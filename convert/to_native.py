@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +21,12 @@ from convert.conversion import (
     check_destination,
     copy_along,
     report,
-    require_room,
-    showing_progress,
 )
 from convert.finite import num_not_finite
 from convert.native_layout import layout_json, native_json, native_layout, num_bytes
 from convert.pipeline import Pipeline
 from convert.record import write_record
+from convert.shards import do_share
 from convert.workspace import Record, Workspace, open_workspace
 from glm5_jax.checkpoint import CONFIG_NAME, PARAMS_NAME, write_text_files
 from glm5_jax.chunks import Layout
@@ -111,7 +110,7 @@ def from_published(
             "config": source.raw_config,
         }
         with open_workspace(destination, plan, effort.share, restart=effort.restart) as workspace:
-            return _Conversion(source, leaves, float8_as, workspace, effort).run(destination)
+            return _Conversion(source, leaves, float8_as, workspace, effort).run()
 
 
 class _Conversion:
@@ -136,42 +135,33 @@ class _Conversion:
         # Weights are all there if a process was killed between making them a tree and the rename.
         self._writer = None if params.exists() else TreeWriter(params, leaves)
 
-    def run(self, destination: Path) -> Converted | None:
-        shards = list(self._files)
-        mine = self._workspace.mine(shards)
-        total = sum(file.version.size for file in self._files.values())
-        left = sum(self._files[shard].version.size for shard in mine)
+    def run(self) -> Converted | None:
+        sizes = {shard: file.version.size for shard, file in self._files.items()}
         written = sum(map(num_bytes, self._leaves.values()))
-        if mine:
-            require_room(destination, written * left // total)
-            self._source.check_scales()
-            self._source.check_copies()
-        num_done = len(shards) - len(mine)
-        pipeline = Pipeline(self._effort.memory, self._effort.num_threads)
-        with (
-            contextlib.closing(pipeline),
-            showing_progress("from-hf", len(shards), total, num_done, total - left) as advance,
-        ):
-            done = iter(range(num_done + 1, len(shards) + 1))
-
-            def follow(shard: str) -> Callable[[], None]:
-                def work() -> None:
-                    self._workspace.finish(self._convert(self._files[shard], pipeline, advance))
-                    advance(0, done=next(done))
-
-                return work
-
-            pipeline.run(map(follow, mine), self._effort.num_threads)
-        with self._workspace.finishing(destination, shards) as records:
+        growth = written / sum(sizes.values())
+        do_share(
+            "from-hf",
+            self._workspace,
+            sizes,
+            self._effort,
+            self._convert,
+            growth=growth,
+            prepare=self._look_at_all,
+        )
+        with self._workspace.finishing(sizes) as records:
             if records is None:
                 return None
             self._tell_not_finite(records)
             self._commit(records)
         return Converted(len(self._tensors), written)
 
-    def _convert(self, file: SafetensorsFile, pipeline: Pipeline, advance: Advance) -> Record:
+    def _look_at_all(self) -> None:
+        self._source.check_scales()
+        self._source.check_copies()
+
+    def _convert(self, shard: str, pipeline: Pipeline, advance: Advance) -> Record:
         """Reads a shard from start to end and puts the chunks that its tensors become."""
-        digest = hashlib.sha256()
+        file, digest = self._files[shard], hashlib.sha256()
         putting: list[Future[_Put | None]] = []
         for portion in self._portions(file):
             memory = self._memory_of(portion)
@@ -196,7 +186,7 @@ class _Conversion:
         for chunk in chunks:
             not_finite[chunk.tensor] += chunk.num_not_finite
         return {
-            "shard": file.path.name,
+            "shard": shard,
             "size": file.version.size,
             "sha256": digest.hexdigest(),
             "not_finite": {name: count for name, count in not_finite.items() if count},

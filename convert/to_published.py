@@ -20,11 +20,10 @@ from convert.conversion import (
     check_destination,
     copy_along,
     report,
-    require_room,
-    showing_progress,
 )
 from convert.pipeline import Pipeline
 from convert.record import write_record
+from convert.shards import do_share
 from convert.workspace import Record, Workspace, open_workspace
 from convert.writer import Entry, file_header, shard_names, split_shards, write_index
 from glm5_jax.checkpoint import PARAMS_NAME, write_text_files
@@ -63,7 +62,7 @@ def to_published(
             "dtype": None if dtype is None else jnp.dtype(dtype).name,
         }
         with open_workspace(destination, plan, effort.share, restart=effort.restart) as workspace:
-            return _Conversion(source, shards, dtype, workspace, effort).run(destination)
+            return _Conversion(source, shards, dtype, workspace, effort).run()
 
 
 def outline(
@@ -117,36 +116,17 @@ class _Conversion:
         self._workspace = workspace
         self._effort = effort
 
-    def run(self, destination: Path) -> Converted | None:
-        shards = list(self._shards)
-        mine = self._workspace.mine(shards)
-        total, left = self._num_bytes(shards), self._num_bytes(mine)
-        if mine:
-            require_room(destination, left)
-        pipeline = Pipeline(self._effort.memory, self._effort.num_threads)
-        num_done = len(shards) - len(mine)
-        with (
-            contextlib.closing(pipeline),
-            showing_progress("to-hf", len(shards), total, num_done, total - left) as advance,
-        ):
-            done = iter(range(num_done + 1, len(shards) + 1))
-
-            def follow(shard: str) -> Callable[[], None]:
-                def work() -> None:
-                    self._workspace.finish(self._write(shard, pipeline, advance))
-                    advance(0, done=next(done))
-
-                return work
-
-            pipeline.run(map(follow, mine), self._effort.num_threads)
-        with self._workspace.finishing(destination, shards) as records:
+    def run(self) -> Converted | None:
+        sizes = {
+            shard: sum(entry.num_bytes for entry in entries)
+            for shard, entries in self._shards.items()
+        }
+        do_share("to-hf", self._workspace, sizes, self._effort, self._write)
+        with self._workspace.finishing(sizes) as records:
             if records is None:
                 return None
             self._commit(records)
-        return Converted(sum(map(len, self._shards.values())), total)
-
-    def _num_bytes(self, shards: list[str]) -> int:
-        return sum(entry.num_bytes for shard in shards for entry in self._shards[shard])
+        return Converted(sum(map(len, self._shards.values())), sum(sizes.values()))
 
     def _write(self, shard: str, pipeline: Pipeline, advance: Advance) -> Record:
         """Writes a shard from start to end, while the chunks of what follows are being read."""

@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,9 +38,10 @@ class Share(NamedTuple):
 class Workspace:
     """The folder of a conversion that is under way."""
 
-    def __init__(self, directory: Path, share: Share):
+    def __init__(self, destination: Path, share: Share):
         """Reads what was done; `open_workspace` makes or finds the folder."""
-        self.directory = directory
+        self.destination = destination
+        directory = self.directory = _directory_of(destination)
         self.content = directory / _CONTENT_NAME
         self._share = share
         self._own = directory / _DONE_NAME.format(share.number)
@@ -58,13 +59,9 @@ class Workspace:
                     records[str(record.get("shard"))] = record
         return records
 
-    def mine(self, shards: list[str]) -> list[str]:
-        """The shards that this process is to do, of those that nobody has finished."""
-        return [
-            shard
-            for position, shard in enumerate(shards)
-            if position % self._share.processes == self._share.number and shard not in self.records
-        ]
+    def share_of(self, shards: Iterable[str]) -> list[str]:
+        """The shards that this process is to do, whether they are done or not."""
+        return list(shards)[self._share.number :: self._share.processes]
 
     def finish(self, record: Record) -> None:
         """Writes down that a shard is done and all its content on the disk."""
@@ -75,7 +72,7 @@ class Workspace:
             os.fsync(file.fileno())
 
     @contextlib.contextmanager
-    def finishing(self, destination: Path, shards: list[str]) -> Iterator[dict[str, Record] | None]:
+    def finishing(self, shards: Collection[str]) -> Iterator[dict[str, Record] | None]:
         """Gives the content its name after the body, if all shards are done.
 
         Yields:
@@ -91,9 +88,9 @@ class Workspace:
             for path in self.content.iterdir():
                 sync(path)
             sync(self.content)
-            refuse_existing(destination)
-            self.content.rename(destination)
-            sync(destination.parent)
+            refuse_existing(self.destination)
+            self.content.rename(self.destination)
+            sync(self.destination.parent)
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -134,7 +131,7 @@ def open_workspace(
             if restart:
                 _clear(directory)
             _require_plan(directory, destination, plan)
-            workspace = Workspace(directory, share)
+            workspace = Workspace(destination, share)
             try:
                 with named_errors(destination, directory.name):
                     yield workspace

@@ -309,6 +309,7 @@ def test_three_processes_make_what_one_makes(source, native, whole, direction, p
     said = [tmp_path.with_name(f"log-{number}").read_text() for number in range(3)]
     assert sum("tensors, " in text for text in said) == 1
     assert sum("has done its share" in text for text in said) == 2
+    assert not any("done already" in text for text in said)
     assert list(tmp_path.iterdir()) == [tmp_path / "x"]
 
 
