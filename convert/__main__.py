@@ -174,7 +174,9 @@ def _print_plan(args: argparse.Namespace, outline: "Outline") -> int:
 
 
 def _tell(args: argparse.Namespace, done: "Converted | None") -> None:
-    if done is None:
+    if done is None and args.destination.exists():
+        print(f"{args.destination}: this process has done its share, and another one has made it")
+    elif done is None:
         print(f"{args.destination}: this process has done its share, and others have not yet")
     else:
         print(f"{args.destination}: {done.num_tensors} tensors, {done.num_bytes:,} bytes")

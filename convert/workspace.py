@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ class Workspace:
         directory = self.directory = _directory_of(destination)
         self.content = directory / _CONTENT_NAME
         self._share = share
+        self._writing = threading.Lock()
         self._own = directory / _DONE_NAME.format(share.number)
         whole = self._own.read_bytes()
         os.truncate(self._own, whole.rfind(b"\n") + 1)  # a kill may have cut off the last line
@@ -66,9 +68,14 @@ class Workspace:
     def finish(self, record: Record) -> None:
         """Writes down that a shard is done and all its content on the disk."""
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
-        with self._own.open("ab") as file:
-            file.write(line)
-            file.flush()
+        with self._writing, self._own.open("ab", buffering=0) as file:
+            end, rest = file.tell(), memoryview(line)
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                os.truncate(self._own, end)  # lest another thread's line follows a part of this one
+                raise
             os.fsync(file.fileno())
 
     @contextlib.contextmanager
@@ -79,7 +86,12 @@ class Workspace:
           All records, or None if another process has yet to do a shard, or was here first; then
           the body is to do nothing.
         """
-        with locked(self.directory / _PLAN_NAME):
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.directory / _PLAN_NAME))
+            except FileNotFoundError:  # the folder went when another process had finished
+                yield None
+                return
             records = self.read_records()
             if not self.content.exists() or any(shard not in records for shard in shards):
                 yield None

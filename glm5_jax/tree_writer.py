@@ -127,6 +127,9 @@ class TreeWriter:
         manifest["beside"] = {name: file_digest(self._directory.parent / name) for name in beside}
         (self._staging / MANIFEST_NAME).write_text(json.dumps(manifest))
         shutil.rmtree(self._unfinished)  # with what a writer that was killed has left there
+        for path in self._staging.iterdir():
+            sync(path)
+        sync(self._staging)
         self._staging.rename(self._directory)
 
     def _add_metadata(self) -> None:

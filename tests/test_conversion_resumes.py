@@ -1,5 +1,6 @@
 """A conversion that is ended at any time goes on as if it had not been."""
 
+import io
 import multiprocessing
 import os
 import random
@@ -311,6 +312,56 @@ def test_three_processes_make_what_one_makes(source, native, whole, direction, p
     assert sum("has done its share" in text for text in said) == 2
     assert not any("done already" in text for text in said)
     assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_process_that_comes_late_finds_it_made(
+    source, native, whole, direction, tmp_path, monkeypatch, capsys
+):
+    """Its share is done, and all else too, before it looks."""
+    module = {"from-hf": to_native, "to-hf": to_published}[direction]
+    original = module.do_share
+    other = command(direction, source, native, tmp_path / "x", "--process", "1/2")
+
+    def slow(*args, **kwargs):
+        original(*args, **kwargs)
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "do_share", original)
+            assert main(other) == 0
+
+    monkeypatch.setattr(module, "do_share", slow)
+    arguments = command(direction, source, native, tmp_path / "x", "--process", "0/2")
+    assert main(arguments) == 0
+    assert "another one has made it" in capsys.readouterr().out
+    assert contents(tmp_path / "x") == contents(whole[direction])
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_line_that_does_not_fit_on_the_disk_spoils_no_other(
+    source, native, whole, direction, tmp_path, monkeypatch, capsys
+):
+    """The disk is full when the third shard is noted, and has room again for a thread's next."""
+    failed = []
+
+    class Torn(io.FileIO):
+        def write(self, data):
+            if not failed and Path(self.name).read_bytes().count(b"\n") == 2:
+                failed.append(super().write(data[:30]))
+                raise OSError(28, "No space left on device")
+            return super().write(data)
+
+    def torn_open(path, *args, **kwargs):
+        if path.name == "done-0.jsonl" and args == ("ab",):
+            return Torn(path, "ab")
+        return open(path, *args, **kwargs)
+
+    arguments = command(direction, source, native, tmp_path / "x", "--threads", "3")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", torn_open)
+        assert main(arguments) == 2
+    assert failed == [30] and "No space left" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert contents(tmp_path / "x") == contents(whole[direction])
 
 
 def test_one_process_can_end_what_others_began(source, native, whole, tmp_path, capsys):
