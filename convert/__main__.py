@@ -141,6 +141,7 @@ def _require_directory(path: Path) -> None:
 
 
 def _from_hf(args: argparse.Namespace) -> int:
+    from convert.conversion import check_destination
     from convert.to_native import from_published, outline
     from glm5_jax.checkpoint import is_native
 
@@ -148,12 +149,14 @@ def _from_hf(args: argparse.Namespace) -> int:
     if is_native(args.source):
         raise InputError(f"{args.source}: is a native checkpoint, expected a published directory")
     if args.plan:
+        check_destination(args.destination, args.source)
         return _print_plan(args, outline(args.source, args.float8_as))
     _tell(args, from_published(args.source, args.destination, args.float8_as, effort_of(args)))
     return 0
 
 
 def _to_hf(args: argparse.Namespace) -> int:
+    from convert.conversion import check_destination
     from convert.to_published import outline, to_published
     from glm5_jax.checkpoint import PARAMS_NAME, is_native
 
@@ -161,6 +164,7 @@ def _to_hf(args: argparse.Namespace) -> int:
     if not is_native(args.source):
         raise InputError(f"{args.source}: has no {PARAMS_NAME}, expected a native checkpoint")
     if args.plan:
+        check_destination(args.destination, args.source)
         return _print_plan(args, outline(args.source, args.shard_size, args.dtype))
     done = to_published(args.source, args.destination, args.shard_size, args.dtype, effort_of(args))
     _tell(args, done)

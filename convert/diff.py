@@ -67,7 +67,7 @@ def compare(first: Path, second: Path) -> Comparison:
             stack.enter_context(contextlib.closing(open_source(path))) for path in (first, second)
         )
         in_a, in_b = a.tensors(), b.tensors()
-        differences = list(_config_differences(a, b))
+        differences = list(config_differences(a, b))
         differences += [Difference(name, f"only in {first}") for name in in_a if name not in in_b]
         differences += [Difference(name, f"only in {second}") for name in in_b if name not in in_a]
         common = [name for name in in_a if name in in_b]
@@ -84,7 +84,8 @@ def compare(first: Path, second: Path) -> Comparison:
     return Comparison(len(common), differences)
 
 
-def _config_differences(a: Source, b: Source) -> Iterator[Difference]:
+def config_differences(a: Source, b: Source) -> Iterator[Difference]:
+    """The keys of `config.json` that differ."""
     ours, theirs = config_to_json(a.config), config_to_json(b.config)
     for key, value in ours.items():
         if value != theirs[key]:

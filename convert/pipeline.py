@@ -36,7 +36,7 @@ class Pipeline:
         """Takes memory for a portion; waits until there is some, or returns whether there was.
 
         Raises:
-          Stopped: another thread failed.
+          Exception: what another thread failed with.
         """
         with self._changed:
             while not self._stopped and self._taken and self._taken + count > self._memory:
@@ -44,7 +44,7 @@ class Pipeline:
                     return False
                 self._changed.wait()
             if self._stopped:
-                raise Stopped
+                raise self._error or Stopped
             self._taken += count
             return True
 
@@ -73,7 +73,7 @@ class Pipeline:
     def _watched(self, work: Callable[[], Result]) -> Result:
         try:
             if self._stopped:
-                raise Stopped
+                raise self._error or Stopped
             return work()
         except BaseException as error:
             self._stop(error)

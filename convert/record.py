@@ -1,6 +1,7 @@
 """What a conversion says of itself, beside what it made."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ def write_record(
         "written": written,
     }
     (directory / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n")
-    (directory / CARD_NAME).write_text(_card(record))
+    # A folder's name need not be text.
+    card = _card(record).encode("utf-8", errors="backslashreplace")
+    (directory / CARD_NAME).write_bytes(card)
 
 
 def revision(source: Path) -> str | None:
@@ -65,9 +68,21 @@ def written_files(directory: Path) -> dict[str, dict[str, Any]] | None:
     if record.get("format") != _FORMAT or not isinstance(written, dict):
         raise InputError(f"{path}: damaged, or not of this version")
     for name, entry in written.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
-            raise InputError(f"{path}: {name} has no sha256")
+        if not _is_entry(name, entry):
+            raise InputError(f"{path}: {name!r:.80} is {entry!r:.80}, expected a size and a sha256")
     return written or None
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    """Whether it can be a file beside the record."""
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("sha256"), str)
+        and type(entry.get("size")) is int
+        and entry["size"] >= 0
+        and name == os.path.basename(name)
+        and name not in ("", ".", "..")
+    )
 
 
 def _card(record: Mapping[str, Any]) -> str:

@@ -41,7 +41,9 @@ def do_share(
     if num_done:
         notice(f"{num_done} of {len(own)} shards are done already")
     if left:
-        require_room(workspace.destination, int(growth * sum(sizes[shard] for shard in left)))
+        needed = int(growth * sum(sizes[shard] for shard in left))
+        needed -= workspace.bytes_left_over(sizes, growth)  # which is written over
+        require_room(workspace.destination, needed)
         prepare()
     counted = itertools.count(num_done + 1)
     columns = (

@@ -28,6 +28,7 @@ from convert.pipeline import Pipeline
 from convert.record import write_record
 from convert.shards import do_share
 from convert.workspace import Record, Workspace, open_workspace
+from glm5_jax.atomic import sync
 from glm5_jax.checkpoint import CONFIG_NAME, PARAMS_NAME, write_text_files
 from glm5_jax.chunks import Layout
 from glm5_jax.console import Advance, notice
@@ -40,6 +41,9 @@ from glm5_jax.published.source import PublishedSource
 from glm5_jax.tree_writer import TreeWriter
 
 _BLOCK_BYTES = 64 * 2**20  # of a shard that are read at once and put nowhere
+
+
+_KEYS = ("chunks", "not_finite")  # of the record of a shard
 
 
 class _Portion(NamedTuple):
@@ -109,7 +113,9 @@ def from_published(
             "leaves": {leaf: layout_json(place) for leaf, place in leaves.items()},
             "config": source.raw_config,
         }
-        with open_workspace(destination, plan, effort.share, restart=effort.restart) as workspace:
+        with open_workspace(
+            destination, plan, effort.share, keys=_KEYS, restart=effort.restart
+        ) as workspace:
             return _Conversion(source, leaves, float8_as, workspace, effort).run()
 
 
@@ -176,8 +182,9 @@ class _Conversion:
                 advance(portion.size)
                 return done
 
-            putting.append(pipeline.submit(put))
             digest.update(data)
+            putting.append(pipeline.submit(put))
+            del data, put  # which would hold the bytes until there is memory for the next
         file.require_unchanged()
         chunks = [done for each in putting if (done := each.result())]
         if self._writer is not None:
@@ -226,7 +233,8 @@ class _Conversion:
         chunk = rows.reshape(part.chunk_shape).astype(dtype, copy=False)
         assert self._writer is not None
         digest = self._writer.put(tensor.leaf, part.position, chunk)
-        return _Put(tensor.name, num_not_finite(stored), [tensor.leaf, part.position, digest])
+        entry = [tensor.leaf, part.position, digest]
+        return _Put(tensor.name, num_not_finite(stored) or num_not_finite(chunk), entry)
 
     def _tell_not_finite(self, records: dict[str, Record]) -> None:
         """Tells of weights that are NaN or infinite, or refuses them."""
@@ -261,4 +269,7 @@ class _Conversion:
         write_record(content, "from-hf", origin, options, read=read, written={})
         copy_along(origin, content)
         write_text_files(content, native_json(self._source), origin)
+        for path in content.iterdir():
+            if path.is_file():
+                sync(path)
         self._writer.commit(beside=[CONFIG_NAME])

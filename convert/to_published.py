@@ -26,9 +26,10 @@ from convert.record import write_record
 from convert.shards import do_share
 from convert.workspace import Record, Workspace, open_workspace
 from convert.writer import Entry, file_header, shard_names, split_shards, write_index
-from glm5_jax.checkpoint import PARAMS_NAME, write_text_files
+from glm5_jax.checkpoint import CONFIG_NAME, PARAMS_NAME, write_text_files
 from glm5_jax.console import Advance
 from glm5_jax.params import leaf_dtype
+from glm5_jax.published.files import INDEX_NAME
 from glm5_jax.published.native import NativeSource
 from glm5_jax.tree_store import MANIFEST_NAME, file_digest
 
@@ -131,7 +132,8 @@ class _Conversion:
     def _write(self, shard: str, pipeline: Pipeline, advance: Advance) -> Record:
         """Writes a shard from start to end, while the chunks of what follows are being read."""
         digest = hashlib.sha256()
-        with (self._workspace.content / shard).open("wb", buffering=0) as file:
+        unfinished = self._workspace.partial(shard)
+        with unfinished.open("wb", buffering=0) as file:
 
             def write(data: Any) -> None:
                 digest.update(data)
@@ -144,7 +146,9 @@ class _Conversion:
                 write(rows.view(np.uint8).reshape(-1).data)
                 advance(rows.nbytes)
             os.fsync(file.fileno())
-            return {"shard": shard, "size": file.tell(), "sha256": digest.hexdigest()}
+            size = file.tell()
+        unfinished.replace(self._workspace.content / shard)
+        return {"shard": shard, "size": size, "sha256": digest.hexdigest()}
 
     def _portions(self, shard: str) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
         for entry in self._shards[shard]:
@@ -173,6 +177,10 @@ class _Conversion:
             shard: {"size": record["size"], "sha256": record["sha256"]}
             for shard, record in records.items()
         }
+        for name in (CONFIG_NAME, INDEX_NAME):
+            path = content / name
+            if path.exists():
+                written[name] = {"size": path.stat().st_size, "sha256": file_digest(path)}
         options = {"dtype": jnp.dtype(self._dtype).name} if self._dtype else {}
         write_record(
             content,

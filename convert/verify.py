@@ -11,9 +11,10 @@ import numpy as np
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
 from convert.conversion import DEFAULT_EFFORT, Effort
-from convert.diff import Source, open_source
+from convert.diff import Source, config_differences, open_source
 from convert.pipeline import Pipeline
 from convert.record import RECORD_NAME, written_files
+from glm5_jax.chunks import CHUNK_BYTES
 from glm5_jax.console import progress
 from glm5_jax.errors import InputError
 from glm5_jax.published.families import by_family
@@ -71,10 +72,15 @@ def verify(
             )
         theirs = origin.tensors() if origin else {}
         faults = list(_missing(made.tensors(), origin, theirs)) if origin else []
+        if origin is not None:
+            faults += _config_faults(made, origin)
+        if files is not None and not isinstance(made, NativeSource):
+            unlisted = [file.path.name for file in made.files() if file.path.name not in files]
+            faults += [_Fault(name, f"is not in {RECORD_NAME}") for name in unlisted]
         work: list[tuple[int, Callable[[], _Fault | None]]] = []
         whole = _sampled(list((files or {}).items()), sample, rng)
         for name, entry in whole:
-            size = int(entry.get("size", 0))
+            size = int(entry["size"])
             work.append((size, _file_check(directory / name, size, entry["sha256"])))
         portions = []
         if origin is not None or files is None:
@@ -88,7 +94,8 @@ def verify(
         )
         columns = (DownloadColumn(), TransferSpeedColumn())
         advance = stack.enter_context(progress("verify", total, *columns))
-        needs = ((min(3 * size, 3 * 2**26), task) for size, task in work)
+        # Of both checkpoints, and of float8 in float32.
+        needs = ((5 * min(size, CHUNK_BYTES), task) for size, task in work)
         for (size, _), fault in zip(work, pipeline.ahead(needs), strict=True):
             if fault is not None:
                 faults.append(fault)
@@ -119,6 +126,13 @@ def _portions(made: Source) -> Iterator[_Portion]:
             yield _Portion(name, stored.shape, start, stop, row_bytes * (stop - start))
 
 
+def _config_faults(made: Source, origin: Source) -> Iterator[_Fault]:
+    """Keys of the configs that differ, but for the dtype, which weights may be converted to."""
+    for difference in config_differences(made, origin):
+        if difference.where != "config.json, dtype":
+            yield _Fault(difference.where, f"differs, {difference.what}, from {origin.directory}")
+
+
 def _missing(
     ours: dict[str, Stored], origin: Source, theirs: dict[str, Stored]
 ) -> Iterator[_Fault]:
@@ -143,7 +157,10 @@ def _check(made: Source, origin: Source | None, portion: _Portion) -> Callable[[
             return _Fault(name, str(error).removeprefix(f"{made.directory}/"))
         if origin is None:
             return None
-        expected = origin.read(name, start, stop).astype(rows.dtype, copy=False)
+        try:
+            expected = origin.read(name, start, stop).astype(rows.dtype, copy=False)
+        except InputError as error:
+            return _Fault(name, str(error))
         if rows.tobytes() != expected.tobytes():
             return _Fault(name, f"has other values than in {origin.directory}")
         return None
@@ -154,11 +171,14 @@ def _check(made: Source, origin: Source | None, portion: _Portion) -> Callable[[
 def _file_check(path: Path, size: int, expected: str) -> Callable[[], _Fault | None]:
     def check() -> _Fault | None:
         digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while part := file.read(_READ_BYTES):
-                digest.update(part)
-            if file.tell() != size:
-                return _Fault(path.name, f"has {file.tell():,} bytes, expected {size:,}")
+        try:
+            with path.open("rb") as file:
+                while part := file.read(_READ_BYTES):
+                    digest.update(part)
+                if file.tell() != size:
+                    return _Fault(path.name, f"has {file.tell():,} bytes, expected {size:,}")
+        except OSError as error:
+            return _Fault(path.name, f"cannot be read: {error.strerror}")
         if digest.hexdigest() != expected:
             return _Fault(path.name, f"damaged, its SHA-256 is not the one in {RECORD_NAME}")
         return None

@@ -39,8 +39,9 @@ class Share(NamedTuple):
 class Workspace:
     """The folder of a conversion that is under way."""
 
-    def __init__(self, destination: Path, share: Share):
+    def __init__(self, destination: Path, share: Share, keys: Collection[str]):
         """Reads what was done; `open_workspace` makes or finds the folder."""
+        self._keys = {"shard", "size", "sha256", *keys}
         self.destination = destination
         directory = self.directory = _directory_of(destination)
         self.content = directory / _CONTENT_NAME
@@ -57,8 +58,10 @@ class Workspace:
         for path in sorted(self.directory.glob(_DONE_NAME.format("*"))):
             for line in path.read_bytes().splitlines(keepends=True):
                 if line.endswith(b"\n"):  # else it is being written, or was when it was cut off
-                    record = parse_json(line, str(path))
-                    records[str(record.get("shard"))] = record
+                    with contextlib.suppress(InputError):  # a damaged line: it is done again
+                        record = parse_json(line, str(path))
+                        if record.keys() >= self._keys:
+                            records[str(record["shard"])] = record
         return records
 
     def share_of(self, shards: Iterable[str]) -> list[str]:
@@ -77,6 +80,22 @@ class Workspace:
                 os.truncate(self._own, end)  # lest another thread's line follows a part of this one
                 raise
             os.fsync(file.fileno())
+
+    def partial(self, name: str) -> Path:
+        """Where this process writes what is to become a file of the content."""
+        return self.directory / f"{name}.{self._share.number}"
+
+    def bytes_left_over(self, sizes: Mapping[str, int], growth: float) -> int:
+        """What the content holds of shards that are not done.
+
+        Args:
+          sizes: of all shards, in bytes.
+          growth: bytes of content for each one of a shard.
+        """
+        files = (path for path in self.content.rglob("*") if path.is_file())
+        held = sum(path.stat().st_size for path in files)
+        done = sum(size for shard, size in sizes.items() if shard in self.records)
+        return max(0, held - int(growth * done))
 
     @contextlib.contextmanager
     def finishing(self, shards: Collection[str]) -> Iterator[dict[str, Record] | None]:
@@ -112,6 +131,8 @@ def _directory_of(destination: Path) -> Path:
 
 def refuse_finished(destination: Path) -> None:
     """Raises `InputError` if there is something under the name of a destination."""
+    if not destination.name:  # a folder such as .
+        refuse_existing(destination)
     directory = _directory_of(destination)
     if destination.exists() and directory.exists() and not (directory / _CONTENT_NAME).exists():
         shutil.rmtree(directory)  # left by a process that was killed right after the last rename
@@ -120,12 +141,18 @@ def refuse_finished(destination: Path) -> None:
 
 @contextlib.contextmanager
 def open_workspace(
-    destination: Path, plan: Mapping[str, Any], share: Share, *, restart: bool = False
+    destination: Path,
+    plan: Mapping[str, Any],
+    share: Share,
+    *,
+    keys: Collection[str] = (),
+    restart: bool = False,
 ) -> Iterator[Workspace]:
     """Begins a conversion, or goes on with one.
 
     Args:
       plan: what must be the same for going on, in JSON.
+      keys: of a record, beside those that all have.
       restart: begin anew if it is not the same, or is.
 
     Raises:
@@ -139,39 +166,45 @@ def open_workspace(
         directory.mkdir(exist_ok=True)
         own = directory / _DONE_NAME.format(share.number)
         own.touch()
-        with locked(own, f"{destination}: another process is converting to it"):
+        refusal = f"{destination}: another process is converting to it"
+        with locked(own, refusal):
+            refuse_finished(destination)  # which another process may have made just now
             if restart:
-                _clear(directory)
+                with contextlib.ExitStack() as stack:
+                    for other in set(directory.glob(_DONE_NAME.format("*"))) - {own}:
+                        stack.enter_context(locked(other, refusal))
+                    (directory / _PLAN_NAME).unlink(missing_ok=True)
             _require_plan(directory, destination, plan)
-            workspace = Workspace(destination, share)
+            workspace = Workspace(destination, share, keys)
             try:
                 with named_errors(destination, directory.name):
                     yield workspace
             except InputError as error:
                 if not workspace.read_records():
                     raise
-                kept = "what is done is kept, and the same command goes on with it"
+                kept = "what is done is kept for when it goes on"
                 raise InputError(f"{error}; {kept}") from None
             finally:
-                if directory.exists() and share.processes == 1 and not workspace.read_records():
+                others = set(directory.glob(_DONE_NAME.format("*"))) - {own}
+                if directory.exists() and not others and not workspace.read_records():
                     shutil.rmtree(directory, ignore_errors=True)  # nothing to go on with
-
-
-def _clear(directory: Path) -> None:
-    for path in directory.glob(_DONE_NAME.format("*")):
-        os.truncate(path, 0)
-    (directory / _PLAN_NAME).unlink(missing_ok=True)
-    shutil.rmtree(directory / _CONTENT_NAME, ignore_errors=True)
 
 
 def _require_plan(directory: Path, destination: Path, plan: Mapping[str, Any]) -> None:
     """Writes down what is converted, or compares it with what was written."""
     path = directory / _PLAN_NAME
-    with locked(directory):  # processes that share the work may begin at the same time
-        if not path.exists():
-            (directory / _CONTENT_NAME).mkdir(exist_ok=True)
+    lock = directory / "lock"
+    lock.touch()
+    with locked(lock):  # processes that share the work may begin at the same time
+        if not path.exists():  # what there is without a plan is of one that was thrown away
+            for done in directory.glob(_DONE_NAME.format("*")):
+                os.truncate(done, 0)
+            if (directory / _CONTENT_NAME).exists():
+                shutil.rmtree(directory / _CONTENT_NAME)
+            (directory / _CONTENT_NAME).mkdir()
             unfinished = path.with_name(f".{_PLAN_NAME}")
             unfinished.write_text(json.dumps(plan))
+            sync(unfinished)
             unfinished.replace(path)
     if changes := _changes(read_json(path), plan):
         raise InputError(

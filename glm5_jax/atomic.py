@@ -73,7 +73,8 @@ def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
     Raises:
       InputError: another process holds it and is not waited for.
     """
-    opened = os.open(path, os.O_RDONLY)
+    # Network file systems lock for writing what is opened for writing.
+    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))

@@ -59,6 +59,14 @@ def zarr_spec(path: Path, place: Layout) -> dict[str, Any]:
     }
 
 
+def _is_sound(place: Layout) -> bool:
+    """Whether chunks could cover a leaf."""
+    sizes = zip(place.shape, place.chunk, strict=True)
+    return all(
+        type(size) is int and type(part) is int and 0 < part <= max(1, size) for size, part in sizes
+    )
+
+
 class TreeReader:
     """Reads a tree and checks what it reads against the manifest."""
 
@@ -81,6 +89,8 @@ class TreeReader:
                 place = Layout(
                     tuple(entry["shape"]), jnp.dtype(entry["dtype"]), tuple(entry["chunk"])
                 )
+                if not _is_sound(place):
+                    raise ValueError(f"chunks of {list(place.chunk)} in {list(place.shape)}")
                 digests = zip(place.positions(), entry["sha256"], strict=True)
                 self.leaves[leaf] = place
                 self._digests[leaf] = dict(digests)

@@ -3,9 +3,9 @@
 import contextlib
 import json
 import logging
-import os
 import shutil
 import threading
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,9 @@ class TreeWriter:
         self._directory = directory
         self._staging = directory.with_name(directory.name + ".staging")
         self._unflushed: list[Path] = []
-        self._flushing = threading.Lock()
+        self._noting, self._flushing = threading.Lock(), threading.Lock()
+        self._failure: OSError | None = None
+        self._name = uuid.uuid4().hex  # of what is unfinished, for others may write here, too
         self._unfinished = directory.with_name(directory.name + ".unfinished")
         self._leaves = leaves
         self._digests: dict[str, dict[tuple[int, ...], str]] = {leaf: {} for leaf in leaves}
@@ -76,13 +78,14 @@ class TreeWriter:
             padded = np.zeros(place.chunk, place.dtype)
             padded[tuple(slice(size) for size in expected)] = chunk
         path = self._staging / leaf / chunk_name(position)
-        unfinished = self._unfinished / f"{leaf}.{path.name}-{os.getpid()}"
+        unfinished = self._unfinished / f"{leaf}.{path.name}-{self._name}"
         with unfinished.open("wb", buffering=0) as file:
             view = np.ascontiguousarray(padded).view(np.uint8).reshape(-1).data
             while view:
                 view = view[file.write(view) :]
         unfinished.replace(path)
-        self._unflushed.append(path)
+        with self._noting:
+            self._unflushed.append(path)
         digest = chunk_digest(chunk)
         self.has_put(leaf, position, digest)
         return digest
@@ -94,9 +97,16 @@ class TreeWriter:
         together.
         """
         with self._flushing:  # who comes second waits for what the first one took
-            paths, self._unflushed = self._unflushed, []
-            for path in paths:
-                sync(path)
+            if self._failure is not None:  # the system tells of it only once
+                raise self._failure
+            with self._noting:
+                paths, self._unflushed = self._unflushed, []
+            try:
+                for path in paths:
+                    sync(path)
+            except OSError as error:
+                self._failure = error
+                raise
 
     def has_put(self, leaf: str, position: tuple[int, ...], digest: str) -> None:
         """Notes that a chunk of that digest was put by another writer."""

@@ -1,10 +1,12 @@
 """A conversion that is ended at any time goes on as if it had not been."""
 
 import io
+import json
 import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -362,6 +364,80 @@ def test_a_line_that_does_not_fit_on_the_disk_spoils_no_other(
     assert failed == [30] and "No space left" in capsys.readouterr().err
     assert main(arguments) == 0
     assert contents(tmp_path / "x") == contents(whole[direction])
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_nothing_is_thrown_away_that_another_process_works_on(
+    source, native, whole, direction, tmp_path, monkeypatch, capsys
+):
+    module = {"from-hf": to_native, "to-hf": to_published}[direction]
+    original = module.do_share
+    other = command(direction, source, native, tmp_path / "x", "--process", "1/2")
+
+    def slow(*args, **kwargs):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "do_share", original)
+            assert main([*other, "--restart"]) == 2
+        original(*args, **kwargs)
+
+    arguments = command(direction, source, native, tmp_path / "x", "--process", "0/2")
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "do_share", slow)
+        assert main(arguments) == 0
+    assert "another process is converting to it" in capsys.readouterr().err
+    assert main(other) == 0
+    assert contents(tmp_path / "x") == contents(whole[direction])
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("line", [b"{}", b"not JSON", b"[]", b'{"shard": "%s"}'])
+def test_a_damaged_line_is_done_again(
+    source, native, whole, direction, line, tmp_path, monkeypatch
+):
+    begin(direction, source, native, tmp_path / "x", monkeypatch, "--threads", "1")
+    path = workspace(tmp_path / "x") / "done-0.jsonl"
+    lines = path.read_bytes().splitlines()
+    if b"%s" in line:
+        line %= json.loads(lines[0])["shard"].encode()
+    path.write_bytes(b"\n".join([line, *lines[1:]]) + b"\n")
+    assert main(command(direction, source, native, tmp_path / "x", "--threads", "1")) == 0
+    assert contents(tmp_path / "x") == contents(whole[direction])
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_beginning_anew_leaves_nothing_of_what_was_before(
+    source, native, whole, direction, tmp_path, monkeypatch
+):
+    begin(direction, source, native, tmp_path / "x", monkeypatch)
+    folder = workspace(tmp_path / "x")
+    (folder / "content" / "stale.safetensors").touch()
+    (folder / "content" / "params").mkdir()
+    (folder / "plan.json").unlink()  # as a kill in the midst of --restart may leave it
+    assert main(command(direction, source, native, tmp_path / "x")) == 0
+    assert contents(tmp_path / "x") == contents(whole[direction])
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_what_is_written_over_needs_no_room(
+    source, native, whole, direction, tmp_path, monkeypatch
+):
+    begin(direction, source, native, tmp_path / "x", monkeypatch, "--threads", "1")
+    size = sum(len(data) for name, data in contents(whole[direction]).items())
+    content = workspace(tmp_path / "x") / "content"
+    (content / "left over").write_bytes(bytes(size))
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda _: usage)
+        arguments = command(direction, source, native, tmp_path / "x", "--threads", "1")
+        assert main(arguments) == 0
+
+
+def test_a_folder_that_exists_is_no_destination(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in (".", "/", str(tmp_path)):
+        for options in ([], ["--plan"]):
+            assert main(["from-hf", str(source), place, *options]) == 2
+            assert "exists already" in capsys.readouterr().err
 
 
 def test_one_process_can_end_what_others_began(source, native, whole, tmp_path, capsys):

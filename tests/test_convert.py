@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -360,6 +361,24 @@ def test_weights_that_are_not_finite_are_named_and_refused_if_asked(tmp_path, ca
     assert main(["from-hf", str(source), str(tmp_path / "x")]) == 0  # what was done is not lost
     assert "3 of 3 shards are done already" in (error := capsys.readouterr().err)
     assert "NaN or infinite (28)" in error
+
+
+def test_float8_that_overflows_is_named(tmp_path, capsys):
+    published, _ = float8_weights(random_weights(WIDE))
+    name = "model.layers.1.self_attn.q_b_proj.weight"
+    published[name + "_scale_inv"][0, 0] = 3e38
+    source = write_published(tmp_path / "source", WIDE, published)
+    assert main(["from-hf", str(source), str(tmp_path / "x"), "--strict"]) == 2
+    error = capsys.readouterr().err
+    assert f"{name} has weights that are NaN or infinite" in error and error.count("\n") == 1
+
+
+def test_a_pipe_is_no_tensor_file(tmp_path, capsys):
+    source = write_published(tmp_path / "source", TINY, random_weights(TINY))
+    (source / "model.safetensors").unlink()
+    os.mkfifo(source / "model.safetensors")
+    assert main(["check", str(source)]) == 2
+    assert "model.safetensors: not a file" in capsys.readouterr().err
 
 
 def test_the_layout_that_a_command_needs_is_named(tmp_path, capsys):

@@ -187,3 +187,22 @@ def test_another_writer_goes_on_with_what_was_put(tmp_path, monkeypatch, killed)
     assert [path.name for path in tmp_path.iterdir()] == ["tree"]
     for leaf, array in restore(tmp_path / "tree").items():
         np.testing.assert_array_equal(array, TREE[leaf])
+
+
+def test_a_chunk_that_did_not_reach_the_disk_is_told_to_all(tmp_path, monkeypatch):
+    """The system says so once, to whoever asks first."""
+    leaves = {"a": layout((4, 2), np.float32)}
+    writer = TreeWriter(tmp_path / "tree", leaves)
+    writer.put("a", (0, 0), np.zeros((4, 2), np.float32))
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="Input/output"):
+        patched.setattr("glm5_jax.tree_writer.sync", fail)
+        writer.flush()
+    for _ in range(2):
+        with pytest.raises(OSError, match="Input/output"):
+            writer.flush()
+    with pytest.raises(OSError, match="Input/output"):
+        writer.commit()
+
+
+def fail(path):
+    raise OSError(5, "Input/output error")

@@ -166,8 +166,18 @@ def test_without_digests_there_is_nothing_to_compare_with(made, capsys):
     assert verify(made / "source", "--against", made / "native") == 0
 
 
+FORMAT = {"format": "glm5-jax conversion 1"}
+
+
 @pytest.mark.parametrize(
-    "record", [{}, {"format": "glm5-jax conversion 1", "written": {"a": 3}}, {"written": []}]
+    "record",
+    [
+        {},
+        {"written": []},
+        FORMAT | {"written": {"a": 3}},
+        FORMAT | {"written": {"a": {"size": "abc", "sha256": ""}}},
+        FORMAT | {"written": {"../a": {"size": 1, "sha256": ""}}},
+    ],
 )
 def test_a_damaged_record_is_named(made, tmp_path, capsys, record):
     copy = copied(made, "back", tmp_path)
@@ -188,9 +198,9 @@ def test_the_record_says_what_was_read_and_written(made):
         assert record["read"][path.name] == {"size": path.stat().st_size, "sha256": whole}
         assert whole in (made / "native" / "CONVERSION.md").read_text()
     record = json.loads((made / "back" / "conversion.json").read_text())
-    assert list(record["written"]) == [
-        p.name for p in sorted((made / "back").glob("*.safetensors"))
-    ]
+    files = sorted((made / "back").glob("*.safetensors"))
+    beside = ["config.json", "model.safetensors.index.json"]
+    assert list(record["written"]) == [*(path.name for path in files), *beside]
     assert (made / "back" / "README.md").read_text() == "# A model"
 
 
@@ -199,3 +209,51 @@ def test_a_share_that_is_none_is_refused(made, capsys):
         with pytest.raises(SystemExit):
             verify(made / "native", "--sample", value)
         assert "expected above 0 and at most 1" in capsys.readouterr().err
+
+
+def test_a_file_that_the_record_does_not_list_is_named(made, tmp_path, capsys):
+    copy = copied(made, "back", tmp_path)
+    record = json.loads((copy / "conversion.json").read_text())
+    shard = next(iter(record["written"]))
+    del record["written"][shard]
+    (copy / "conversion.json").write_text(json.dumps(record))
+    assert verify(copy) == 2
+    assert f"{shard}: is not in conversion.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["native", "back"])
+def test_another_config_is_named(made, tmp_path, capsys, name):
+    copy = copied(made, name, tmp_path)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    assert verify(copy) == 2
+    assert "config.json" in capsys.readouterr().err
+    if name == "back":
+        (copy / "conversion.json").unlink()
+        assert verify(copy, "--against", made / "native") == 2
+        assert "rms_norm_eps: differs, 0.5 and" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("threads", ["1", "4"])
+def test_a_damaged_origin_is_named(made, tmp_path, capsys, threads):
+    copy = copied(made, "native", tmp_path)
+    for path in weight_files(copy, "native")[::3]:
+        path.write_bytes(path.read_bytes()[:-1] + b"\x07")
+    options = ["--threads", threads, "--memory", "1KB"]
+    assert verify(made / "back", "--against", copy, *options) == 2
+    error = capsys.readouterr().err
+    assert f"{copy}/params: leaf " in error and error.count("\n") == 1
+
+
+def test_a_manifest_of_chunks_that_cover_nothing_is_refused(made, tmp_path, capsys):
+    copy = copied(made, "native", tmp_path)
+    path = copy / "params" / "manifest.json"
+    whole = json.loads(path.read_text())
+    for chunk, digests in (([-3, 64], []), ([0, 64], []), ([True, 64], None), ([10**6, 64], ["x"])):
+        manifest = json.loads(json.dumps(whole))
+        entry = manifest["leaves"]["embedding"]
+        entry["chunk"] = chunk
+        entry["sha256"] = entry["sha256"] if digests is None else digests
+        path.write_text(json.dumps(manifest))
+        assert verify(copy) == 2
+        assert "manifest.json: damaged" in capsys.readouterr().err

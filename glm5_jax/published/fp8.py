@@ -30,5 +30,6 @@ def dequantize(
     stop = start + rows.shape[0]
     for block in range(start // BLOCK, -(-stop // BLOCK)):  # a block's products stay in the cache
         part = slice(max(block * BLOCK, start) - start, min((block + 1) * BLOCK, stop) - start)
-        result[part] = rows[part].astype(np.float32) * columns[block]
+        with np.errstate(over="ignore", invalid="ignore"):  # who converts them looks for NaN
+            result[part] = rows[part].astype(np.float32) * columns[block]
     return result

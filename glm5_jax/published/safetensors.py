@@ -47,7 +47,7 @@ class SafetensorsFile:
         """
         self.path = path
         try:
-            self._file = os.open(path, os.O_RDONLY)
+            self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # not to wait for pipes
         except OSError as error:
             raise InputError(f"{path}: {error.strerror or error}") from None
         try:

@@ -138,11 +138,13 @@ class PublishedSource:
 
     def _zeroed(self, name: str, scales: np.ndarray) -> str | None:
         """Where a scale of zero erases weights; quantizers give it to blocks of zeros, too."""
-        for i, j in np.argwhere(scales == 0):
-            last = min((i + 1) * BLOCK, self._files[name].tensors[name].shape[0])
-            rows = self._files[name].read(name, int(i) * BLOCK, int(last))
-            if rows[:, j * BLOCK : (j + 1) * BLOCK].astype(np.float32).any():
-                return f"is 0.0 at [{i}, {j}], where weights are not 0"
+        file = self._files[name]
+        for i in np.flatnonzero((scales == 0).any(axis=1)).tolist():
+            last = min((i + 1) * BLOCK, file.tensors[name].shape[0])
+            rows = file.read(name, i * BLOCK, last).view(np.uint8) & 0x7F  # without the sign
+            for j in np.flatnonzero(scales[i] == 0).tolist():
+                if rows[:, j * BLOCK : (j + 1) * BLOCK].any():
+                    return f"is 0.0 at [{i}, {j}], where weights are not 0"
         return None
 
     def check_copies(self) -> None:
