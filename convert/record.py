@@ -9,6 +9,7 @@ from typing import Any
 from glm5_jax.errors import InputError
 from glm5_jax.findings import installed_versions
 from glm5_jax.strict_json import read_json
+from glm5_jax.tree_store import file_digest
 
 RECORD_NAME = "conversion.json"
 CARD_NAME = "CONVERSION.md"
@@ -46,6 +47,19 @@ def write_record(
     # A folder's name need not be text.
     card = _card(record).encode("utf-8", errors="backslashreplace")
     (directory / CARD_NAME).write_bytes(card)
+
+
+def entries_of(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of what a workspace notes of shards, what the record of the conversion keeps."""
+    return {
+        shard: {"size": record["size"], "sha256": record["sha256"]}
+        for shard, record in records.items()
+    }
+
+
+def entry_of(path: Path) -> dict[str, Any]:
+    """What the record keeps of a small file."""
+    return {"size": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def revision(source: Path) -> str | None:

@@ -25,12 +25,12 @@ from convert.conversion import (
 from convert.finite import num_not_finite
 from convert.native_layout import layout_json, native_json, native_layout, num_bytes
 from convert.pipeline import Pipeline
-from convert.record import write_record
+from convert.record import entries_of, write_record
 from convert.shards import do_share
 from convert.workspace import Record, Workspace, open_workspace
 from glm5_jax.atomic import sync
 from glm5_jax.checkpoint import CONFIG_NAME, PARAMS_NAME, write_text_files
-from glm5_jax.chunks import Layout
+from glm5_jax.chunks import CHUNK_BYTES, Layout
 from glm5_jax.console import Advance, notice
 from glm5_jax.errors import InputError
 from glm5_jax.published.families import by_family
@@ -39,9 +39,6 @@ from glm5_jax.published.safetensors import SafetensorsFile
 from glm5_jax.published.slices import Slice, slices
 from glm5_jax.published.source import PublishedSource
 from glm5_jax.tree_writer import TreeWriter
-
-_BLOCK_BYTES = 64 * 2**20  # of a shard that are read at once and put nowhere
-
 
 _KEYS = ("chunks", "not_finite")  # of the record of a shard
 
@@ -207,8 +204,8 @@ class _Conversion:
             tensor = self._tensors.get(name)
             if tensor is None:  # a scale, or a copy of another tensor
                 _, count = file.span(name, 0, info.shape[0])
-                for start in range(0, count, _BLOCK_BYTES):
-                    size = min(_BLOCK_BYTES, count - start)
+                for start in range(0, count, CHUNK_BYTES):
+                    size = min(CHUNK_BYTES, count - start)
                     yield _Portion(info.start + start, size, None)
                 continue
             for part in slices(tensor, self._leaves[tensor.leaf]):
@@ -261,10 +258,7 @@ class _Conversion:
             for leaf, position, digest in record["chunks"]:
                 self._writer.has_put(leaf, tuple(position), digest)
         content, origin = self._workspace.content, self._source.directory
-        read = {
-            shard: {"size": record["size"], "sha256": record["sha256"]}
-            for shard, record in records.items()
-        }
+        read = entries_of(records)
         options = {"float8 as": jnp.dtype(self._float8_as).name} if self._float8_as else {}
         write_record(content, "from-hf", origin, options, read=read, written={})
         copy_along(origin, content)

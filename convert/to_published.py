@@ -22,10 +22,11 @@ from convert.conversion import (
     report,
 )
 from convert.pipeline import Pipeline
-from convert.record import write_record
+from convert.record import entries_of, entry_of, write_record
 from convert.shards import do_share
 from convert.workspace import Record, Workspace, open_workspace
 from convert.writer import Entry, file_header, shard_names, split_shards, write_index
+from glm5_jax.atomic import write_all
 from glm5_jax.checkpoint import CONFIG_NAME, PARAMS_NAME, write_text_files
 from glm5_jax.console import Advance
 from glm5_jax.params import leaf_dtype
@@ -137,9 +138,7 @@ class _Conversion:
 
             def write(data: Any) -> None:
                 digest.update(data)
-                view = memoryview(data)
-                while view:
-                    view = view[file.write(view) :]
+                write_all(file, memoryview(data))
 
             write(file_header(self._shards[shard]))
             for rows in pipeline.ahead(self._portions(shard)):
@@ -159,7 +158,8 @@ class _Conversion:
                     rows = self._source.read(entry.name, start, stop)
                     return np.ascontiguousarray(rows.astype(entry.dtype, copy=False))
 
-                yield 3 * row_bytes * (stop - start), read  # TensorStore makes a copy
+                # As written, and as stored, where it may be twice as wide.
+                yield 3 * row_bytes * (stop - start), read
 
     def _commit(self, records: dict[str, Record]) -> None:
         content, origin = self._workspace.content, self._source.directory
@@ -171,23 +171,18 @@ class _Conversion:
             config["dtype"] = jnp.dtype(self._dtype).name
         write_text_files(content, config, origin)
         copy_along(origin, content)
-        manifest = origin / PARAMS_NAME / MANIFEST_NAME
-        read = {"size": manifest.stat().st_size, "sha256": file_digest(manifest)}
-        written = {
-            shard: {"size": record["size"], "sha256": record["sha256"]}
-            for shard, record in records.items()
-        }
+        manifest = f"{PARAMS_NAME}/{MANIFEST_NAME}"
+        written = entries_of(records)
         for name in (CONFIG_NAME, INDEX_NAME):
-            path = content / name
-            if path.exists():
-                written[name] = {"size": path.stat().st_size, "sha256": file_digest(path)}
+            if (content / name).exists():
+                written[name] = entry_of(content / name)
         options = {"dtype": jnp.dtype(self._dtype).name} if self._dtype else {}
         write_record(
             content,
             "to-hf",
             origin,
             options,
-            read={f"{PARAMS_NAME}/{MANIFEST_NAME}": read},
+            read={manifest: entry_of(origin / manifest)},
             written=written,
         )
 

@@ -80,8 +80,8 @@ def verify(
         work: list[tuple[int, Callable[[], _Fault | None]]] = []
         whole = _sampled(list((files or {}).items()), sample, rng)
         for name, entry in whole:
-            size = int(entry["size"])
-            work.append((size, _file_check(directory / name, size, entry["sha256"])))
+            check = _file_check(directory / name, entry["size"], entry["sha256"])
+            work.append((entry["size"], check))
         portions = []
         if origin is not None or files is None:
             portions = _sampled(list(_portions(made)), sample, rng)

@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from glm5_jax.atomic import locked, make_parent, named_errors, refuse_existing, sync
+from glm5_jax.atomic import locked, make_parent, named_errors, refuse_existing, sync, write_all
 from glm5_jax.errors import InputError
 from glm5_jax.strict_json import parse_json, read_json
 
@@ -72,10 +72,9 @@ class Workspace:
         """Writes down that a shard is done and all its content on the disk."""
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         with self._writing, self._own.open("ab", buffering=0) as file:
-            end, rest = file.tell(), memoryview(line)
+            end = file.tell()
             try:
-                while rest:
-                    rest = rest[file.write(rest) :]
+                write_all(file, memoryview(line))
             except OSError:
                 os.truncate(self._own, end)  # lest another thread's line follows a part of this one
                 raise

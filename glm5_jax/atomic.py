@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import os
 import shutil
 import tempfile
@@ -83,6 +84,12 @@ def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
         yield
     finally:
         os.close(opened)
+
+
+def write_all(file: io.FileIO, data: memoryview) -> None:
+    """Writes all bytes to a file without a buffer, which may take a part of them at a time."""
+    while data:
+        data = data[file.write(data) :]
 
 
 def sync(path: Path) -> None:

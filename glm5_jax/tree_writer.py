@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from glm5_jax.atomic import sync
+from glm5_jax.atomic import sync, write_all
 from glm5_jax.chunks import Layout
 from glm5_jax.mesh import fetch_part
 from glm5_jax.tree_store import (
@@ -80,9 +80,7 @@ class TreeWriter:
         path = self._staging / leaf / chunk_name(position)
         unfinished = self._unfinished / f"{leaf}.{path.name}-{self._name}"
         with unfinished.open("wb", buffering=0) as file:
-            view = np.ascontiguousarray(padded).view(np.uint8).reshape(-1).data
-            while view:
-                view = view[file.write(view) :]
+            write_all(file, np.ascontiguousarray(padded).view(np.uint8).reshape(-1).data)
         unfinished.replace(path)
         with self._noting:
             self._unflushed.append(path)
