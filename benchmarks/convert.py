@@ -2,7 +2,7 @@
 
 The source has the names, layers and files of GLM-5, at a width that makes it a dozen gigabytes.
 `cp` copies the same bytes before each conversion, whose source is not in the page cache either;
-converted back, every tensor is compared. Needs four times the size on the disk.
+converted back, every tensor is compared. Needs three times the size on the disk.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SETTINGS = {
     "hidden_size": 2048,
     "intermediate_size": 4096,
     "moe_intermediate_size": 1024,
-    "n_routed_experts": 16,
+    "n_routed_experts": 8,
     "num_attention_heads": 16,
     "num_key_value_heads": 16,
 }
