@@ -14,6 +14,7 @@ from glm5_jax.errors import InputError
 
 if TYPE_CHECKING:
     from convert.conversion import Converted, Outline
+    from convert.quantize import Quantized
 
 _GOES_ON = (
     "DST appears when all of it is there. Until then, what is done is kept beside it, and the\n"
@@ -33,14 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _from_hf,
         "Convert a published checkpoint to a native one.\n\n"
         "Tensors keep their dtypes, and converting back gives the same bytes. Float8 weights are\n"
-        "multiplied by their scales.\n\n" + _GOES_ON,
+        "multiplied by their scales, unless they are to be kept.\n\n" + _GOES_ON,
     )
     command.add_argument("source", type=Path, metavar="SRC", help="published directory")
     command.add_argument("destination", type=Path, metavar="DST", help="must not exist")
     command.add_argument(
         "--float8-as",
-        choices=["bfloat16", "float32"],
-        help="dtype of weights that are published as float8 (default: the dtype in config.json)",
+        choices=["float8", "bfloat16", "float32"],
+        help="how to keep weights that are published as float8: as they are, with their scales, or "
+        "multiplied out (default: to the dtype in config.json)",
     )
     command.add_argument(
         "--strict",
@@ -64,6 +66,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=["bfloat16", "float32"],
         help="round weights to it, but for router biases (default: as they are)",
     )
+    add_effort(command)
+    command = add_command(
+        commands,
+        "quantize",
+        _quantize,
+        "Round the weights of a native checkpoint to few bits.\n\n"
+        "Matrices become float8 with a scale for each block of 128 x 128, int8 with one for each\n"
+        "row, or, of routed experts only, int4 with one for 128 columns of a row. Embedding, head\n"
+        "and routers stay as they are. The model computes from them as they lie in memory; the\n"
+        "error that rounding makes is told of every kind of tensor.\n\n" + _GOES_ON,
+    )
+    command.add_argument("source", type=Path, metavar="SRC", help="native checkpoint")
+    command.add_argument("destination", type=Path, metavar="DST", help="must not exist")
+    command.add_argument("--to", choices=["float8", "int8", "int4"], required=True)
     add_effort(command)
     command = add_command(
         commands,
@@ -140,33 +156,55 @@ def _require_directory(path: Path) -> None:
         raise InputError(f"{path}: is not a directory, expected one with a checkpoint")
 
 
+def _require_native(path: Path) -> None:
+    from glm5_jax.checkpoint import PARAMS_NAME, is_native
+
+    _require_directory(path)
+    if not is_native(path):
+        raise InputError(f"{path}: has no {PARAMS_NAME}, expected a native checkpoint")
+
+
 def _from_hf(args: argparse.Namespace) -> int:
     from convert.conversion import check_destination
+    from convert.native_layout import FLOAT8
     from convert.to_native import from_published, outline
     from glm5_jax.checkpoint import is_native
 
     _require_directory(args.source)
     if is_native(args.source):
         raise InputError(f"{args.source}: is a native checkpoint, expected a published directory")
+    float8_as = FLOAT8.kind if args.float8_as == "float8" else args.float8_as
     if args.plan:
         check_destination(args.destination, args.source)
-        return _print_plan(args, outline(args.source, args.float8_as))
-    _tell(args, from_published(args.source, args.destination, args.float8_as, effort_of(args)))
+        return _print_plan(args, outline(args.source, float8_as))
+    _tell(args, from_published(args.source, args.destination, float8_as, effort_of(args)))
     return 0
 
 
 def _to_hf(args: argparse.Namespace) -> int:
     from convert.conversion import check_destination
     from convert.to_published import outline, to_published
-    from glm5_jax.checkpoint import PARAMS_NAME, is_native
 
-    _require_directory(args.source)
-    if not is_native(args.source):
-        raise InputError(f"{args.source}: has no {PARAMS_NAME}, expected a native checkpoint")
+    _require_native(args.source)
     if args.plan:
         check_destination(args.destination, args.source)
         return _print_plan(args, outline(args.source, args.shard_size, args.dtype))
     done = to_published(args.source, args.destination, args.shard_size, args.dtype, effort_of(args))
+    _tell(args, done)
+    return 0
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from convert.conversion import check_destination
+    from convert.quantize import error_lines, outline, quantize
+
+    _require_native(args.source)
+    if args.plan:
+        check_destination(args.destination, args.source)
+        return _print_plan(args, outline(args.source, args.to))
+    done = quantize(args.source, args.destination, args.to, effort_of(args))
+    for tensors, error in error_lines(done.errors if done else {}):
+        print(f"{tensors}: {error}")
     _tell(args, done)
     return 0
 
@@ -177,7 +215,7 @@ def _print_plan(args: argparse.Namespace, outline: "Outline") -> int:
     return 0
 
 
-def _tell(args: argparse.Namespace, done: "Converted | None") -> None:
+def _tell(args: argparse.Namespace, done: "Converted | Quantized | None") -> None:
     if done is None and args.destination.exists():
         print(f"{args.destination}: this process has done its share, and another one has made it")
     elif done is None:

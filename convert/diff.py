@@ -95,8 +95,8 @@ def config_differences(a: Source, b: Source) -> Iterator[Difference]:
 def _tensor_differences(
     a: Source, b: Source, name: str, dtypes: tuple[np.dtype, np.dtype]
 ) -> Iterator[Difference]:
-    if a.is_float8(name) != b.is_float8(name):  # whichever was not read as float32
-        common = dtypes[1] if a.is_float8(name) else dtypes[0]
+    if a.has_scales(name) != b.has_scales(name):  # whichever was not read as float32
+        common = dtypes[1] if a.has_scales(name) else dtypes[0]
     else:
         common = None
         if dtypes[0] != dtypes[1]:

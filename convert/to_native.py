@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from convert.conversion import (
     DEFAULT_EFFORT,
@@ -23,7 +22,7 @@ from convert.conversion import (
     report,
 )
 from convert.finite import num_not_finite
-from convert.native_layout import layout_json, native_json, native_layout, num_bytes
+from convert.native_layout import layout_json, native_json, native_layout, num_bytes, places
 from convert.pipeline import Pipeline
 from convert.record import entries_of, write_record
 from convert.shards import do_share
@@ -34,9 +33,9 @@ from glm5_jax.chunks import CHUNK_BYTES, Layout
 from glm5_jax.console import Advance, notice
 from glm5_jax.errors import InputError
 from glm5_jax.published.families import by_family
-from glm5_jax.published.names import PublishedTensor, published_tensors
+from glm5_jax.published.names import published_tensors
 from glm5_jax.published.safetensors import SafetensorsFile
-from glm5_jax.published.slices import Slice, slices
+from glm5_jax.published.slices import Slice
 from glm5_jax.published.source import PublishedSource
 from glm5_jax.tree_writer import TreeWriter
 
@@ -48,7 +47,7 @@ class _Portion(NamedTuple):
 
     offset: int
     size: int
-    chunk: tuple[PublishedTensor, Slice] | None
+    chunk: tuple[str, Slice] | None  # of which tensor, and where
 
 
 def outline(directory: Path, float8_as: jax.typing.DTypeLike | None = None) -> Outline:
@@ -95,6 +94,7 @@ def from_published(
 
     Args:
       float8_as: the dtype that float8 weights are multiplied out to; the config's unless given.
+        As float8 they are kept, with their scales.
 
     Returns:
       None if other processes have not finished their share yet.
@@ -133,7 +133,7 @@ class _Conversion:
         self._workspace = workspace
         self._effort = effort
         self._files = {file.path.name: file for file in source.files()}
-        self._tensors = {tensor.name: tensor for tensor in published_tensors(source.config)}
+        self._places = places(source.config, leaves)
         params = workspace.content / PARAMS_NAME
         # Weights are all there if a process was killed between making them a tree and the rename.
         self._writer = None if params.exists() else TreeWriter(params, leaves)
@@ -156,7 +156,8 @@ class _Conversion:
                 return None
             self._tell_not_finite(records)
             self._commit(records)
-        return Converted(len(self._tensors), written)
+        num_tensors = sum(place.spread is None for place in self._places.values())
+        return Converted(num_tensors, written)
 
     def _look_at_all(self) -> None:
         self._source.check_scales()
@@ -201,37 +202,39 @@ class _Conversion:
         """A whole file, in the order of its bytes."""
         yield _Portion(0, file.data_start, None)
         for name, info in sorted(file.tensors.items(), key=lambda item: item[1].start):
-            tensor = self._tensors.get(name)
-            if tensor is None:  # a scale, or a copy of another tensor
+            place = self._places.get(name)
+            if place is None:  # a scale that is not kept, or a copy of another tensor
                 _, count = file.span(name, 0, info.shape[0])
                 for start in range(0, count, CHUNK_BYTES):
                     size = min(CHUNK_BYTES, count - start)
                     yield _Portion(info.start + start, size, None)
                 continue
-            for part in slices(tensor, self._leaves[tensor.leaf]):
-                yield _Portion(*file.span(name, part.start, part.stop), (tensor, part))
+            for part in place.slices:
+                yield _Portion(*file.span(name, part.start, part.stop), (name, part))
 
     def _memory_of(self, portion: _Portion) -> int:
         """What a portion takes from when it is read until its chunk is on the disk."""
         if portion.chunk is None:
             return portion.size
-        tensor, part = portion.chunk
-        count, dtype = int(np.prod(part.chunk_shape)), self._leaves[tensor.leaf].dtype
-        float8, read_as = self._source.is_float8(tensor.name), self._source.dtype(tensor.name)
-        return portion.size + (count * dtype.itemsize if float8 or read_as != dtype else 0)
+        name, part = portion.chunk
+        made = math.prod(part.chunk_shape) * self._places[name].dtype.itemsize
+        return portion.size + (0 if made == portion.size else made)
 
     def _put(self, file: SafetensorsFile, portion: _Portion, data: bytearray) -> "_Put | None":
         if portion.chunk is None:
             return None
-        tensor, part = portion.chunk
-        dtype = self._leaves[tensor.leaf].dtype
-        stored = file.as_rows(tensor.name, data)
-        rows = self._source.decode(tensor.name, stored, part.start, dtype)
+        name, part = portion.chunk
+        leaf, dtype, _, spread = self._places[name]
+        rows = stored = file.as_rows(name, data)
+        if spread is not None:
+            rows = spread(stored)
+        elif stored.dtype != dtype:
+            rows = self._source.decode(name, stored, part.start, dtype)
         chunk = rows.reshape(part.chunk_shape).astype(dtype, copy=False)
         assert self._writer is not None
-        digest = self._writer.put(tensor.leaf, part.position, chunk)
-        entry = [tensor.leaf, part.position, digest]
-        return _Put(tensor.name, num_not_finite(stored) or num_not_finite(chunk), entry)
+        digest = self._writer.put(leaf, part.position, chunk)
+        entry = [leaf, part.position, digest]
+        return _Put(name, num_not_finite(stored) or num_not_finite(chunk), entry)
 
     def _tell_not_finite(self, records: dict[str, Record]) -> None:
         """Tells of weights that are NaN or infinite, or refuses them."""
@@ -262,7 +265,7 @@ class _Conversion:
         options = {"float8 as": jnp.dtype(self._float8_as).name} if self._float8_as else {}
         write_record(content, "from-hf", origin, options, read=read, written={})
         copy_along(origin, content)
-        write_text_files(content, native_json(self._source), origin)
+        write_text_files(content, native_json(self._source, self._leaves), origin)
         for path in content.iterdir():
             if path.is_file():
                 sync(path)

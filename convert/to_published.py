@@ -1,10 +1,11 @@
 """Native checkpoints to published ones, shard by shard."""
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from convert.conversion import (
     copy_along,
     report,
 )
+from convert.native_layout import FLOAT8, num_bytes
 from convert.pipeline import Pipeline
 from convert.record import entries_of, entry_of, write_record
 from convert.shards import do_share
@@ -29,9 +31,12 @@ from convert.writer import Entry, file_header, shard_names, split_shards, write_
 from glm5_jax.atomic import write_all
 from glm5_jax.checkpoint import CONFIG_NAME, PARAMS_NAME, write_text_files
 from glm5_jax.console import Advance
+from glm5_jax.errors import InputError
 from glm5_jax.params import leaf_dtype
 from glm5_jax.published.files import INDEX_NAME
+from glm5_jax.published.fp8 import SCALE_SUFFIX, scale_shape
 from glm5_jax.published.native import NativeSource
+from glm5_jax.published.source import Stored
 from glm5_jax.tree_store import MANIFEST_NAME, file_digest
 
 
@@ -77,12 +82,12 @@ def outline(
     """
     with _opened(directory, shard_bytes, dtype) as (source, shards):
         entries = [entry for shard in shards for entry in shard]
-        stored = source.tensors().values()
+        leaves = source.leaves.values()
         return Outline(
             num_shards=len(shards),
-            num_tensors=len(entries),
-            num_chunks=sum(1 for entry in entries for _ in source.blocks(entry.name)),
-            bytes_read=sum(math.prod(each.shape) * each.dtype.itemsize for each in stored),
+            num_tensors=_num_tensors(entries),
+            num_chunks=sum(math.prod(place.grid) for place in leaves),
+            bytes_read=sum(map(num_bytes, leaves)),
             bytes_written=sum(entry.num_bytes for entry in entries),
         )
 
@@ -95,9 +100,11 @@ def _opened(
     with contextlib.closing(NativeSource(directory)) as source:
         report(source)
         entries = [
-            Entry(name, stored.shape, _dtype_in(source, name, dtype) if dtype else stored.dtype)
+            entry
             for name, stored in source.tensors().items()
+            for entry in _entries_of(source, name, stored, dtype)
         ]
+        _refuse_unpublished(entries, directory)
         yield source, split_shards(entries, shard_bytes)
 
 
@@ -128,7 +135,8 @@ class _Conversion:
             if records is None:
                 return None
             self._commit(records)
-        return Converted(sum(map(len, self._shards.values())), sum(sizes.values()))
+        entries = (entry for shard in self._shards.values() for entry in shard)
+        return Converted(_num_tensors(entries), sum(sizes.values()))
 
     def _write(self, shard: str, pipeline: Pipeline, advance: Advance) -> Record:
         """Writes a shard from start to end, while the chunks of what follows are being read."""
@@ -151,11 +159,18 @@ class _Conversion:
 
     def _portions(self, shard: str) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
         for entry in self._shards[shard]:
+            if entry.name.endswith(SCALE_SUFFIX):
+                name = entry.name.removesuffix(SCALE_SUFFIX)
+                yield entry.num_bytes, functools.partial(self._source.scales, name)
+                continue
             row_bytes = entry.num_bytes // entry.shape[0]
             for start, stop in self._source.blocks(entry.name):
 
                 def read(entry: Entry = entry, start: int = start, stop: int = stop) -> np.ndarray:
-                    rows = self._source.read(entry.name, start, stop)
+                    read_rows = self._source.read
+                    if entry.dtype == FLOAT8.kind:
+                        read_rows = self._source.read_kept
+                    rows = read_rows(entry.name, start, stop)
                     return np.ascontiguousarray(rows.astype(entry.dtype, copy=False))
 
                 # As written, and as stored, where it may be twice as wide.
@@ -167,7 +182,8 @@ class _Conversion:
             write_index(content, self._shards)
         config = self._source.raw_config
         if self._dtype:  # which older files name otherwise
-            config = {key: value for key, value in config.items() if key != "torch_dtype"}
+            gone = ("torch_dtype", "quantization_config")
+            config = {key: value for key, value in config.items() if key not in gone}
             config["dtype"] = jnp.dtype(self._dtype).name
         write_text_files(content, config, origin)
         copy_along(origin, content)
@@ -187,6 +203,28 @@ class _Conversion:
         )
 
 
-def _dtype_in(source: NativeSource, name: str, dtype: jax.typing.DTypeLike) -> np.dtype:
-    """The dtype of a tensor in a model of another dtype than that of the source."""
-    return leaf_dtype(source.spec(name), dtype)
+def _entries_of(
+    source: NativeSource, name: str, stored: Stored, dtype: jax.typing.DTypeLike | None
+) -> Iterator[Entry]:
+    """What a tensor is published as: rounded to a dtype if that is asked for."""
+    scheme = source.scheme(name)
+    if dtype is not None:
+        yield Entry(name, stored.shape, leaf_dtype(source.spec(name), dtype))
+    elif scheme is None:
+        yield Entry(name, stored.shape, stored.dtype)
+    else:
+        yield Entry(name, stored.shape, jnp.dtype(scheme.kind))
+        yield Entry(name + SCALE_SUFFIX, scale_shape(stored.shape), jnp.dtype(jnp.float32))
+
+
+def _num_tensors(entries: Iterable[Entry]) -> int:
+    return sum(not entry.name.endswith(SCALE_SUFFIX) for entry in entries)
+
+
+def _refuse_unpublished(entries: list[Entry], directory: Path) -> None:
+    found = {entry.dtype.name for entry in entries} & {"int8", "int4"}
+    if found:
+        raise InputError(
+            f"{directory}: has weights in {', '.join(found)}, in which none are published; "
+            "expected --dtype bfloat16 or float32, to which they are multiplied out"
+        )

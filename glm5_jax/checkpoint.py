@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from glm5_jax import quantization
 from glm5_jax.atomic import new_directory
 from glm5_jax.chunks import Layout, layout
 from glm5_jax.config import Config
@@ -17,6 +18,8 @@ from glm5_jax.model import Glm5
 from glm5_jax.params import ParamSpec, leaf_dtype, leaves_by_path, map_specs
 from glm5_jax.processes import on_first
 from glm5_jax.published.names import num_stacked_axes
+from glm5_jax.quantization import stored_scheme
+from glm5_jax.quantized import Quantized, is_quantized
 from glm5_jax.sharding import Partition, keeping
 from glm5_jax.tree_store import TreeReader
 from glm5_jax.tree_writer import write_tree
@@ -73,7 +76,12 @@ def write_model(directory: Path | None, model: Glm5, text_from: Path | None = No
 
     Args:
       directory: None in all processes but the first, as in `write_tree`.
+
+    Raises:
+      ValueError: some weights are in few bits.
     """
+    if any(map(is_quantized, jax.tree.leaves(model, is_leaf=is_quantized))):
+        raise ValueError("weights in few bits are not saved: `glm5-convert quantize` makes them")
     arrays = leaves_by_path(model)
     leaves = params_layout(model.config, {leaf: array.dtype for leaf, array in arrays.items()})
     if directory is not None:
@@ -104,7 +112,9 @@ def restore_checkpoint(
     check_leaves(reader, leaves_by_path(blueprint))
     sharding = keeping(partition)
 
-    def restore(leaf: str, spec: ParamSpec) -> jax.Array:
+    def restore(leaf: str, spec: ParamSpec) -> jax.Array | Quantized:
+        if stored_scheme(reader.leaves, leaf):
+            return quantization.restore(reader, leaf, spec, dtype or config.dtype, partition)
         stored = reader.restore(leaf, sharding(spec))
         return stored.astype(leaf_dtype(spec, dtype or stored.dtype))
 
@@ -113,11 +123,19 @@ def restore_checkpoint(
 
 def check_leaves(reader: TreeReader, specs: Mapping[str, ParamSpec]) -> None:
     """Compares what a tree holds with what a blueprint declares; all differences are named."""
-    problems = [f"leaf {leaf} is missing" for leaf in specs if leaf not in reader.leaves]
-    problems += [f"leaf {leaf} is unknown" for leaf in reader.leaves if leaf not in specs]
+    expected: dict[str, tuple[int, ...]] = {}
+    for leaf, spec in specs.items():
+        scheme = stored_scheme(reader.leaves, leaf)
+        if scheme is None:
+            expected[leaf] = spec.shape
+        else:
+            stored = scheme.layouts(leaf, spec)
+            expected |= {name: place.shape for name, place in stored.items()}
+    problems = [f"leaf {leaf} is missing" for leaf in expected if leaf not in reader.leaves]
+    problems += [f"leaf {leaf} is unknown" for leaf in reader.leaves if leaf not in expected]
     for leaf, place in reader.leaves.items():
-        if leaf in specs and place.shape != specs[leaf].shape:
-            found, expected = list(place.shape), list(specs[leaf].shape)
-            problems.append(f"leaf {leaf} has shape {found}, expected {expected}")
+        if leaf in expected and place.shape != expected[leaf]:
+            found, wanted = list(place.shape), list(expected[leaf])
+            problems.append(f"leaf {leaf} has shape {found}, expected {wanted}")
     if problems:
         raise InputError(f"{reader.directory}: {'; '.join(problems)}")

@@ -29,6 +29,11 @@ class Layout(NamedTuple):
         """Every chunk's place in the grid, the last axis fastest."""
         return itertools.product(*(range(count) for count in self.grid))
 
+    def within(self, at: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        """The chunks of one element of the leading axes, which have a chunk for each."""
+        rest = (range(count) for count in self.grid[len(at) :])
+        return itertools.product(*((place,) for place in at), *rest)
+
     def region(self, position: tuple[int, ...]) -> Region:
         """The part of the leaf that a chunk holds."""
         return tuple(

@@ -18,6 +18,7 @@ from glm5_jax.collectives import alike
 from glm5_jax.config import Config
 from glm5_jax.linear import project_f32
 from glm5_jax.params import weight
+from glm5_jax.quantized import is_quantized
 
 # Rows of a block: a block is computed whole and reads its expert's weights once, so it should be
 # full and yet large. Small loads are made one block; large ones at least four.
@@ -131,7 +132,12 @@ def weighted_experts(
 
 def _one_expert(experts: Experts, index: jax.Array, dtype: jnp.dtype) -> Experts:
     """The weights of one expert, without the leading axis."""
-    return jax.tree.map(lambda stack: from_bits(stack[index], dtype), experts)
+
+    def take(stack: Any) -> jax.Array:
+        one = stack[index]
+        return one.multiplied_out() if is_quantized(one) else from_bits(one, dtype)
+
+    return jax.tree.map(take, experts, is_leaf=is_quantized)
 
 
 def _apply_one(expert: Experts, x_MD: jax.Array, gate_M: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -14,6 +14,7 @@ from glm5_jax.collectives import BATCH, EXPERT, MODEL, Axes, gathered
 from glm5_jax.errors import InputError
 from glm5_jax.mesh import Sizes, choose_mesh, parse_mesh, single_device
 from glm5_jax.params import ParamSpec, is_spec, map_specs
+from glm5_jax.quantized import Quantized, multiplied_out, repeated
 
 Tree = TypeVar("Tree")
 
@@ -96,9 +97,11 @@ _SIZES = {
 
 
 def whole(shards: Tree, blueprint: Tree, rules: Rules) -> Tree:
-    """A layer's weights as they are computed with: gathered along the axes that are only stored."""
+    """A layer's weights as they are computed with: multiplied out if they are kept in few bits, and
+    gathered along the axes that are only stored."""
 
-    def gather(weight: ParamSpec, shard: jax.Array) -> jax.Array:
+    def gather(weight: ParamSpec, kept: jax.Array | Quantized) -> jax.Array:
+        shard = multiplied_out(kept)
         for dim, (name, axes) in enumerate(zip(weight.axes, rules.divisors(weight), strict=True)):
             if name in rules.stored:
                 shard = gathered(shard, axes, dim)
@@ -137,7 +140,24 @@ class Partition:
 
     def place(self, model: Tree, blueprint: Tree) -> Tree:
         """The weights, moved to the devices that keep them."""
+
+        def divisible(weight: ParamSpec, kept: jax.Array | Quantized) -> jax.Array | Quantized:
+            if not isinstance(kept, Quantized):
+                return kept
+            times = self.times_of_scales(weight, kept.scales.shape)
+            return dataclasses.replace(kept, scales=repeated(kept.scales, times))
+
+        model = jax.tree.map(divisible, blueprint, model, is_leaf=is_spec)
         return jax.device_put(model, self.shardings(blueprint))
+
+    def times_of_scales(self, weight: ParamSpec, counts: Sequence[int]) -> tuple[int, ...]:
+        """How often each scale must stand along every axis for a device to have all of its own.
+
+        Args:
+          counts: scales of a quantized weight along every axis.
+        """
+        shards = (self.num_shards(axes) for axes in self.rules.divisors(weight))
+        return tuple(n // math.gcd(n, count) for n, count in zip(shards, counts, strict=True))
 
     def on_shards(
         self, function: Callable[..., Any], in_specs: Any, out_specs: Any

@@ -151,29 +151,35 @@ class TreeReader:
     def restore(self, leaf: str, sharding: jax.sharding.Sharding) -> jax.Array:
         """Restores a whole leaf into a sharding, in the dtype it is stored in.
 
-        Only the chunks that this process's devices need are read, several at a time.
+        Only the chunks that this process's devices need are read.
+
+        Raises:
+          InputError: a chunk is missing or not what was written.
+        """
+        return from_parts(
+            self.leaves[leaf].shape, sharding, lambda wanted: self.read_region(leaf, wanted)
+        )
+
+    def read_region(self, leaf: str, wanted: Region) -> np.ndarray:
+        """Reads and checks the chunks that a part of a leaf is in, several at a time.
 
         Raises:
           InputError: a chunk is missing or not what was written.
         """
         place = self.leaves[leaf]
+        array = np.empty([part.stop - part.start for part in wanted], place.dtype)
 
-        def read_part(wanted: Region) -> np.ndarray:
-            array = np.empty([part.stop - part.start for part in wanted], place.dtype)
+        def copy(position: tuple[int, ...]) -> None:
+            common = overlap(place.region(position), wanted)
+            assert common is not None
+            in_chunk, in_part = common
+            array[in_part] = self.read(leaf, position)[in_chunk]
 
-            def copy(position: tuple[int, ...]) -> None:
-                common = overlap(place.region(position), wanted)
-                assert common is not None
-                in_chunk, in_part = common
-                array[in_part] = self.read(leaf, position)[in_chunk]
-
-            spans = (
-                range(part.start // size, -(-part.stop // size))
-                for part, size in zip(wanted, place.chunk, strict=True)
-            )
-            with concurrent.futures.ThreadPoolExecutor() as pool:
-                for _ in pool.map(copy, itertools.product(*spans)):
-                    pass
-            return array
-
-        return from_parts(place.shape, sharding, read_part)
+        spans = (
+            range(part.start // size, -(-part.stop // size))
+            for part, size in zip(wanted, place.chunk, strict=True)
+        )
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            for _ in pool.map(copy, itertools.product(*spans)):
+                pass
+        return array

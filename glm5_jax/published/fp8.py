@@ -1,4 +1,4 @@
-"""Weights published as float8 with one scale per block."""
+"""Weights with one scale per block, as they are published in float8."""
 
 import jax
 import numpy as np
@@ -13,23 +13,28 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def dequantize(
-    rows: np.ndarray, scales: np.ndarray, start: int, dtype: jax.typing.DTypeLike = np.float32
+    rows: np.ndarray,
+    scales: np.ndarray,
+    start: int,
+    dtype: jax.typing.DTypeLike = np.float32,
+    block: tuple[int, int] = (BLOCK, BLOCK),
 ) -> np.ndarray:
-    """Multiplies float8 values by the scale of their block.
+    """Multiplies values by the scale of their block.
 
     Args:
       rows: rows of the matrix from row `start` on.
       scales: of the whole matrix; despite the published name they are multiplied, not divided by.
       dtype: of the result; products are float32 and rounded to it.
+      block: rows and columns that share a scale.
 
     Returns:
       An array of the shape of `rows`.
     """
     result = np.empty(rows.shape, dtype)
-    columns = np.repeat(scales, BLOCK, axis=1)[:, : rows.shape[1]]
-    stop = start + rows.shape[0]
-    for block in range(start // BLOCK, -(-stop // BLOCK)):  # a block's products stay in the cache
-        part = slice(max(block * BLOCK, start) - start, min((block + 1) * BLOCK, stop) - start)
+    columns = np.repeat(scales, block[1], axis=1)[:, : rows.shape[1]]
+    for first in range(0, rows.shape[0], BLOCK):  # whose products stay in the cache
+        part = slice(first, min(first + BLOCK, rows.shape[0]))
+        scale = columns[np.arange(start + part.start, start + part.stop) // block[0]]
         with np.errstate(over="ignore", invalid="ignore"):  # who converts them looks for NaN
-            result[part] = rows[part].astype(np.float32) * columns[block]
+            result[part] = rows[part].astype(np.float32) * scale
     return result

@@ -61,6 +61,9 @@ MTP_COPIES = {
 }
 
 
+_HEADS = ("heads", "index_heads")  # published in one axis with what is of each of them
+
+
 class PublishedTensor(NamedTuple):
     """A published tensor and the slice of a leaf that holds it."""
 
@@ -77,12 +80,20 @@ def layer_prefix(layer: int) -> str:
 
 def published_shape(spec: ParamSpec) -> tuple[int, ...]:
     """The shape of one published tensor of a leaf: unstacked, heads merged with their dims."""
+    return tuple(
+        math.prod(spec.shape[axis] for axis in merged) for merged in axes_of_published(spec)
+    )
+
+
+def axes_of_published(spec: ParamSpec) -> tuple[tuple[int, ...], ...]:
+    """The axes of a leaf that make up each axis of a published tensor."""
     stacked = num_stacked_axes(spec)
-    sizes = list(spec.shape[stacked:])
-    for position, axis in enumerate(spec.axes[stacked:]):
-        if axis in ("heads", "index_heads") and len(sizes) == 3:
-            sizes[position : position + 2] = [math.prod(sizes[position : position + 2])]
-    return tuple(sizes)
+    single: list[tuple[int, ...]] = [(axis,) for axis in range(stacked, len(spec.shape))]
+    heads = [axis for axis in range(stacked, len(spec.shape)) if spec.axes[axis] in _HEADS]
+    if len(single) == 3 and heads:
+        at = heads[0] - stacked
+        single[at : at + 2] = [(heads[0], heads[0] + 1)]
+    return tuple(single)
 
 
 def num_stacked_axes(spec: ParamSpec) -> int:

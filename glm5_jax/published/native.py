@@ -1,17 +1,20 @@
 """A native checkpoint seen as published tensors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from glm5_jax.checkpoint import CONFIG_NAME, PARAMS_NAME, check_leaves
+from glm5_jax.chunks import Layout
 from glm5_jax.config_json import read_config
 from glm5_jax.model import Glm5
 from glm5_jax.params import ParamSpec, leaves_by_path
+from glm5_jax.published.fp8 import dequantize
 from glm5_jax.published.names import published_tensors
 from glm5_jax.published.slices import slices
 from glm5_jax.published.source import Stored
+from glm5_jax.quantization import SCALES, VALUES, Scheme, stored_scheme, unpacked
 from glm5_jax.tree_store import TreeReader
 
 
@@ -35,36 +38,72 @@ class NativeSource:
         self._tensors = {tensor.name: tensor for tensor in published_tensors(self.config)}
 
     def tensors(self) -> dict[str, Stored]:
-        """Every tensor by its published name."""
+        """Every tensor by its published name, as it is read; scales are not tensors."""
         return {
-            name: Stored(tensor.shape, self._reader.leaves[tensor.leaf].dtype)
-            for name, tensor in self._tensors.items()
+            name: Stored(tensor.shape, self.dtype(name)) for name, tensor in self._tensors.items()
         }
+
+    @property
+    def leaves(self) -> Mapping[str, Layout]:
+        """How the weights lie on the disk."""
+        return self._reader.leaves
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype that a tensor is read in."""
+        scaled = self.has_scales(name)
+        return np.dtype(np.float32) if scaled else self._reader.leaves[self._leaf(name)].dtype
 
     def spec(self, name: str) -> ParamSpec:
         """The declaration of the weight that a tensor is a part of."""
         return self._specs[self._tensors[name].leaf]
 
-    def is_float8(self, name: str) -> bool:
-        """Whether a tensor is float8 with scales: none is."""
-        return False
+    def scheme(self, name: str) -> Scheme | None:
+        """How a tensor is kept in few bits; None if it is not."""
+        return stored_scheme(self._reader.leaves, self._tensors[name].leaf)
+
+    def has_scales(self, name: str) -> bool:
+        """Whether a tensor is kept in few bits, which `read` multiplies by their scales."""
+        return self.scheme(name) is not None
+
+    def _leaf(self, name: str) -> str:
+        return self._tensors[name].leaf + (VALUES if self.has_scales(name) else "")
 
     def blocks(self, name: str) -> Iterator[tuple[int, int]]:
         """The portions of rows that a tensor is best read in: (start, stop)."""
-        tensor = self._tensors[name]
-        for part in slices(tensor, self._reader.leaves[tensor.leaf]):
+        for part in slices(self._tensors[name], self._reader.leaves[self._leaf(name)]):
             yield part.start, part.stop
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows `start` to `stop` of a tensor's first axis, every chunk of them verified."""
-        tensor = self._tensors[name]
+        """Rows `start` to `stop` of a tensor's first axis, every chunk of them verified.
+
+        What is kept in few bits is multiplied by its scales and returned as float32.
+        """
+        rows, scheme = self.read_kept(name, start, stop), self.scheme(name)
+        if scheme is None:
+            return rows
+        block = scheme.block(self._tensors[name].shape)
+        return dequantize(rows, self.scales(name), start, block=block)
+
+    def read_kept(self, name: str, start: int, stop: int) -> np.ndarray:
+        """The same as it is kept."""
+        tensor, scheme, leaf = self._tensors[name], self.scheme(name), self._leaf(name)
         parts = []
-        for part in slices(tensor, self._reader.leaves[tensor.leaf]):
+        for part in slices(tensor, self._reader.leaves[leaf]):
             if part.start < stop and start < part.stop:
-                chunk = self._reader.read(tensor.leaf, part.position)
+                chunk = self._reader.read(leaf, part.position)
+                if scheme and scheme.bits == 4:
+                    chunk = unpacked(chunk)[..., : self.spec(name).shape[-1]]
                 rows = chunk.reshape(part.stop - part.start, *tensor.shape[1:])
                 parts.append(rows[max(start - part.start, 0) : stop - part.start])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def scales(self, name: str) -> np.ndarray:
+        """The scales of the blocks of a published matrix that is kept in few bits."""
+        tensor, scheme = self._tensors[name], self.scheme(name)
+        assert scheme is not None
+        leaf = tensor.leaf + SCALES
+        (part,) = self._reader.leaves[leaf].within(tensor.at)
+        return scheme.of_published(self._reader.read(leaf, part), self._specs[tensor.leaf])
 
     def close(self) -> None:
         """Nothing stays open."""

@@ -81,8 +81,8 @@ class PublishedSource:
         found = {path.name for path in self.directory.glob("*.safetensors")}
         return sorted(found - used)
 
-    def is_float8(self, name: str) -> bool:
-        """Whether a tensor is published as float8 with scales."""
+    def has_scales(self, name: str) -> bool:
+        """Whether a tensor is float8, which `read` multiplies by its scales."""
         return self._files[name].tensors[name].dtype == FLOAT8
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -106,7 +106,7 @@ class PublishedSource:
         Raises:
           InputError: a scale is negative or not finite.
         """
-        if not self.is_float8(name):
+        if not self.has_scales(name):
             return rows
         scales = self._scales(name)
         if fault := _first_fault(scales):
@@ -127,7 +127,7 @@ class PublishedSource:
         """
         faults = []
         for name in self._files:
-            if name.endswith(SCALE_SUFFIX) or not self.is_float8(name):
+            if name.endswith(SCALE_SUFFIX) or not self.has_scales(name):
                 continue
             scales = self._scales(name)
             if fault := _first_fault(scales) or self._zeroed(name, scales):
@@ -180,4 +180,4 @@ class PublishedSource:
     def dtype(self, name: str) -> np.dtype:
         """The dtype that a tensor is read in."""
         file_dtype = self._files[name].tensors[name].dtype
-        return np.dtype(np.float32) if self.is_float8(name) else DTYPES[file_dtype]
+        return np.dtype(np.float32) if self.has_scales(name) else DTYPES[file_dtype]
