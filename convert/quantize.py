@@ -36,7 +36,8 @@ from glm5_jax.published.fp8 import dequantize
 from glm5_jax.published.names import PublishedTensor, published_tensors
 from glm5_jax.published.native import NativeSource
 from glm5_jax.published.slices import slices
-from glm5_jax.quantization import SCALES, SCHEMES, VALUES, packed
+from glm5_jax.quantization import SCALES, SCHEMES, VALUES
+from glm5_jax.quantized import packed
 from glm5_jax.tree_store import MANIFEST_NAME, file_digest
 from glm5_jax.tree_writer import TreeWriter
 
@@ -221,9 +222,9 @@ class _Quantization:
             back = dequantize(made.values, made.scales, 0, block=block)[own]
             missed += float(np.square(rows[own] - back, dtype=np.float64).sum())
             weights += float(np.square(rows[own], dtype=np.float64).sum())
-            chunk = made.values[own].reshape(*part.chunk_shape[:-1], -1)
-            chunk = packed(chunk) if scheme.bits == 4 else chunk
-            entries.append(self._put(leaf, part.position, chunk))
+            values = made.values[own]
+            values = packed(values) if scheme.kind == "int4" else values
+            entries.append(self._put(leaf, part.position, values.reshape(part.chunk_shape)))
             begun = -(-part.start // step) - start // step  # blocks that are the last chunk's
             scales.append(made.scales[begun:])
         whole = scheme.of_leaf(np.concatenate(scales), self._weights[tensor.leaf])

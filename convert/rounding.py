@@ -13,7 +13,7 @@ _LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0, "int4": 7.0}  # symmetric: -8
 class Rounded(NamedTuple):
     """A matrix in few bits."""
 
-    values: np.ndarray
+    values: np.ndarray  # of int4 as int8
     scales: np.ndarray  # float32, one for each block, partial ones included
 
 
@@ -35,4 +35,5 @@ def rounded(matrix: np.ndarray, scheme: Scheme) -> Rounded:
     if scheme.kind != "float8_e4m3fn":
         scaled = np.rint(scaled)
     largest = _LARGEST[scheme.kind]
-    return Rounded(np.clip(scaled, -largest, largest).astype(jnp.dtype(scheme.kind)), scales)
+    held = "int8" if scheme.kind == "int4" else scheme.kind
+    return Rounded(np.clip(scaled, -largest, largest).astype(jnp.dtype(held)), scales)

@@ -18,7 +18,7 @@ from glm5_jax.model import Glm5
 from glm5_jax.params import ParamSpec, leaf_dtype, leaves_by_path, map_specs
 from glm5_jax.processes import on_first
 from glm5_jax.published.names import num_stacked_axes
-from glm5_jax.quantization import stored_scheme
+from glm5_jax.quantization import SCHEMES, VALUES, stored_scheme
 from glm5_jax.quantized import Quantized, is_quantized
 from glm5_jax.sharding import Partition, keeping
 from glm5_jax.tree_store import TreeReader
@@ -39,6 +39,19 @@ TEXT_FILES = (
 def is_native(directory: Path) -> bool:
     """Whether a directory holds a native checkpoint."""
     return (directory / PARAMS_NAME).is_dir()
+
+
+def scheme_of(directory: Path) -> str | None:
+    """The name of the scheme by which a checkpoint has weights in few bits; None if it has none.
+
+    Raises:
+      InputError: it is damaged.
+    """
+    if not is_native(directory):
+        return None
+    leaves = TreeReader(directory / PARAMS_NAME).leaves
+    found = {stored_scheme(leaves, leaf.removesuffix(VALUES)) for leaf in leaves}
+    return next((name for name, scheme in SCHEMES.items() if scheme in found), None)
 
 
 def params_layout(

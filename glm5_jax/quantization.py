@@ -29,17 +29,28 @@ _LEFT_ALONE = ("embedding", "head", "join", "router.weight", "head_gate")
 class Scheme(NamedTuple):
     """A way to keep a matrix in few bits."""
 
-    kind: str  # dtype of the values
+    kind: str  # of the values: a dtype's name
     rows: int | None  # of a block of one scale; None for all
     columns: int | None
     experts_only: bool = False
-    bits: int = 8  # of a value; those of 4 bits are stored in pairs, the first in the low bits
+
+    @property
+    def held_as(self) -> jnp.dtype:
+        """The dtype of the array of values, where those of 4 bits are in pairs of rows."""
+        return jnp.dtype("uint8" if self.kind == "int4" else self.kind)
 
     def keeps(self, leaf: str, weight: ParamSpec) -> bool:
         """Whether a weight is kept so."""
         if len(axes_of_published(weight)) != 2 or leaf.endswith(_LEFT_ALONE):
             return False
-        return ".experts." in f".{leaf}." or not self.experts_only
+        if self.experts_only and ".experts." not in f".{leaf}.":
+            return False
+        return self.kind != "int4" or weight.shape[-2] % 2 == 0
+
+    def values_shape(self, weight: ParamSpec) -> tuple[int, ...]:
+        """The shape of the array of a weight's values."""
+        *others, rows, columns = weight.shape
+        return (*others, rows // 2 if self.kind == "int4" else rows, columns)
 
     def block(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns of a published matrix that share a scale."""
@@ -57,9 +68,7 @@ class Scheme(NamedTuple):
     def layouts(self, leaf: str, weight: ParamSpec) -> dict[str, Layout]:
         """The leaves of a tree that a weight is stored in."""
         stacked = num_stacked_axes(weight)
-        *others, last = weight.shape
-        held = self.kind if self.bits == 8 else "uint8"
-        values = layout((*others, -(-last * self.bits // 8)), held, stacked)
+        values = layout(self.values_shape(weight), self.held_as, stacked)
         scales = layout(self.scale_counts(weight), "float32", stacked)
         return {leaf + VALUES: values, leaf + SCALES: scales}
 
@@ -88,7 +97,7 @@ class Scheme(NamedTuple):
 SCHEMES = {
     "float8": Scheme("float8_e4m3fn", BLOCK, BLOCK),
     "int8": Scheme("int8", 1, None),
-    "int4": Scheme("int4", 1, 128, experts_only=True, bits=4),
+    "int4": Scheme("int4", 1, 128, experts_only=True),
 }
 
 
@@ -97,23 +106,7 @@ def stored_scheme(leaves: Mapping[str, Layout], leaf: str) -> Scheme | None:
     values = leaves.get(leaf + VALUES)
     if values is None or leaf + SCALES not in leaves:
         return None
-    by_dtype = {"uint8" if s.bits == 4 else s.kind: s for s in SCHEMES.values()}
-    return by_dtype.get(values.dtype.name)
-
-
-def packed(values: np.ndarray) -> np.ndarray:
-    """Pairs of values of 4 bits as bytes; an odd one is followed by zero."""
-    nibbles = values.astype(np.int8).view(np.uint8) & 0xF
-    if nibbles.shape[-1] % 2:
-        nibbles = np.pad(nibbles, [(0, 0)] * (nibbles.ndim - 1) + [(0, 1)])
-    return nibbles[..., ::2] | nibbles[..., 1::2] << 4
-
-
-def unpacked(pairs: np.ndarray) -> np.ndarray:
-    """Undoes `packed`."""
-    low, high = pairs << 4, pairs & 0xF0
-    nibbles = np.stack([low, high], axis=-1).reshape(*pairs.shape[:-1], -1)
-    return (nibbles.view(np.int8) >> 4).astype(jnp.int4)
+    return next((each for each in SCHEMES.values() if each.held_as == values.dtype), None)
 
 
 def restore(
@@ -134,14 +127,6 @@ def restore(
     counts = reader.leaves[leaf + SCALES].shape
     times = partition.times_of_scales(weight, counts) if partition else (1,) * len(counts)
 
-    def read_values(wanted: Region) -> np.ndarray:
-        if scheme.bits == 8:
-            return reader.read_region(leaf + VALUES, wanted)
-        *others, last = wanted
-        pairs = slice(last.start // 2, -(-last.stop // 2))
-        values = unpacked(reader.read_region(leaf + VALUES, (*others, pairs)))
-        return values[..., last.start - 2 * pairs.start : last.stop - 2 * pairs.start]
-
     def read_scales(wanted: Region) -> np.ndarray:
         stored = tuple(
             slice(part.start // n, -(-part.stop // n))
@@ -157,7 +142,7 @@ def restore(
 
     refined = tuple(n * count for n, count in zip(times, counts, strict=True))
     return Quantized(
-        from_parts(weight.shape, sharding, read_values),
+        reader.restore(leaf + VALUES, sharding),
         from_parts(refined, sharding, read_scales),
         scheme.kind,
         jnp.dtype(dtype).name,
@@ -177,7 +162,9 @@ def abstract(
         counts = scheme.scale_counts(weight)
         times = partition.times_of_scales(weight, counts)
         counts = tuple(n * count for n, count in zip(times, counts, strict=True))
-        values: Any = jax.ShapeDtypeStruct(weight.shape, jnp.dtype(scheme.kind), sharding=sharding)
+        values: Any = jax.ShapeDtypeStruct(
+            scheme.values_shape(weight), scheme.held_as, sharding=sharding
+        )
         scales: Any = jax.ShapeDtypeStruct(counts, jnp.dtype(jnp.float32), sharding=sharding)
         return Quantized(values, scales, scheme.kind, jnp.dtype(dtype).name)
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from glm5_jax.plan.costs import Collective, Costs, count
+from glm5_jax.plan.costs import count
+from glm5_jax.plan.tally import Collective, Costs
 
 P = jax.P
 SIZES = {"data": 2, "model": 4}

@@ -16,13 +16,13 @@ FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob(
 # From the bottom up: a file imports only from the lines before its own, or its own.
 ORDER = [
     ["errors", "strict_json", "layers", "console", "atomic", "chunks", "config_keys", "bits"],
-    ["rendezvous", "cluster", "coordination", "processes", "findings", "models"],
-    ["plan.chips", "plan.costs"],
+    ["rendezvous", "cluster", "coordination", "processes", "findings", "models", "quantized"],
+    ["plan.chips", "plan.costs", "plan.tally"],
     ["collectives"],
     ["config", "published.families", "published.fp8", "slots"],
     ["config_json"],
     ["presets", "params", "linear", "places", "queries"],
-    ["mesh", "quantized"],
+    ["mesh"],
     ["sharding"],
     ["norm", "rope", "cache", "selection", "vocabulary"],
     ["indexer", "attention", "mlp", "experts"],

@@ -74,6 +74,29 @@ def test_memory_and_work_are_those_of_the_model(capsys, job):
     assert found["tokens_per_second_per_chip"] == pytest.approx(rate)
 
 
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize(("scheme", "bits"), [("float8", 8), ("int8", 8), ("int4", 4)])
+def test_weights_in_few_bits_take_what_their_values_and_scales_do(capsys, scheme, bits):
+    work = ["--batch", "16", "--context", "512", "--topology", "h100:8", "--dtype", "bfloat16"]
+    work += ["--mesh", "data=1,expert=8,model=1"]  # which leaves blocks as large as they are
+    plain = plan(capsys, "demo", *work)
+    found = plan(capsys, "demo", *work, "--weights", scheme)
+    blueprint = Glm5(load_preset("demo").config)
+    expected = wide = 0.0
+    for path, spec in leaves_by_path(blueprint).items():
+        if ".experts." in f".{path}.":
+            *_, rows, columns = spec.shape
+            block = math.gcd(128, rows), math.gcd(128, columns)
+            block = {"float8": block, "int8": (1, columns), "int4": (1, block[1])}[scheme]
+            expected += spec.size * bits / 8 + 4 * spec.size / math.prod(block)
+            wide += spec.size * 2
+    assert plain["weights"]["routed experts"] == wide / 8
+    assert found["weights"]["routed experts"] == expected / 8
+    assert found["weights"]["embedding"] == plain["weights"]["embedding"]
+    assert found["flops"] == plain["flops"]
+    assert found["hbm_bytes"] < plain["hbm_bytes"]
+
+
 def test_gpus_of_several_hosts_meet_over_the_network():
     devices = [types.SimpleNamespace(id=number) for number in range(16)]
     chip = CHIPS["h100"]

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glm5_jax.commands.arguments import add_mesh, integer, read_config_of
@@ -54,6 +55,11 @@ def add(commands: Any) -> None:
         help="of weights (default: the model's); for train, that steps compute in (float32)",
     )
     command.add_argument(
+        "--weights",
+        choices=("plain", "float8", "int8", "int4"),
+        help="how matrices are kept (default: as in the checkpoint, plain for presets)",
+    )
+    command.add_argument(
         "--search",
         action="store_true",
         help="rank all meshes by their times, and compile the fastest that fit",
@@ -79,11 +85,12 @@ def _run(args: argparse.Namespace) -> int:
         )
     usual = min(_CONTEXT.get(args.job, _CONTEXT["decode"]), config.max_positions)
     batch = args.batch or _BATCH.get(args.job, _BATCH["decode"])
-    work = Work(batch, args.context or usual, args.dtype)
+    work = Work(batch, args.context or usual, args.dtype, _scheme(args))
     topology = find_topology(args.topology)
+    kept = f" with weights in {work.scheme}" if work.scheme else ""
     title = (
-        f"{args.model}, {args.job}, {work.batch} x {work.context:,} tokens on {topology.name}, "
-        f"{topology.num_chips} chips"
+        f"{args.model}{kept}, {args.job}, {work.batch} x {work.context:,} tokens on "
+        f"{topology.name}, {topology.num_chips} chips"
     )
     plans = (_search if args.search else _plan_one)(args, config, job, topology, work)
 
@@ -100,6 +107,18 @@ def _run(args: argparse.Namespace) -> int:
         mesh = ", ".join(f"{axis} {size}" for axis, size in plans[0].mesh.items())
         print(format_plan(f"{title}: {mesh}", plans[0]))
     return 0
+
+
+def _scheme(args: argparse.Namespace) -> str | None:
+    """How weights are to be kept; None if as plain arrays."""
+    from glm5_jax.checkpoint import scheme_of
+
+    scheme = args.weights or scheme_of(Path(args.model))
+    if scheme in (None, "plain"):
+        return None
+    if args.job not in ("decode", "prefill"):
+        raise InputError(f"--weights is {scheme}, in which {args.job} cannot keep them")
+    return scheme
 
 
 def _plan_one(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from glm5_jax import quantization
 from glm5_jax.collectives import BATCH, MODEL
 from glm5_jax.config import Config
 from glm5_jax.errors import InputError
@@ -26,6 +27,7 @@ from glm5_jax.inference.steps import (
 )
 from glm5_jax.model import Glm5
 from glm5_jax.params import abstract
+from glm5_jax.quantization import SCHEMES
 from glm5_jax.sharding import DECODE, Partition, Rules
 
 # Packages that train models add their step here, by the name of its job.
@@ -38,6 +40,7 @@ class Work(NamedTuple):
     batch: int  # rows, of all devices
     context: int  # tokens of a row
     dtype: str | None  # of weights and activations; the job's own choice unless given
+    scheme: str | None = None  # by which weights are kept in few bits
 
 
 class Program(NamedTuple):
@@ -132,7 +135,11 @@ def _start(
     """What to compile for, the weights, the state, and the pages of every row."""
     dtype = jnp.dtype(work.dtype or config.dtype)
     build = Build(config, partition, dtype, config.vocab_size, num_drafts=0)
-    weights = abstract(Glm5(config), dtype, partition.sharding)
+    if work.scheme is None:
+        weights = abstract(Glm5(config), dtype, partition.sharding)
+    else:
+        scheme = SCHEMES[work.scheme]
+        weights = quantization.abstract(Glm5(config), scheme, dtype, partition)
     page_size = page_size_for(partition)
     num_pages = -(-work.context // page_size)
     state = abstract_state(build, work.batch, work.batch * num_pages, page_size)

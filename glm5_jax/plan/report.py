@@ -15,8 +15,9 @@ from glm5_jax.config import Config
 from glm5_jax.mesh import Sizes, make_mesh
 from glm5_jax.model import Glm5
 from glm5_jax.params import leaves_by_path
-from glm5_jax.plan.costs import Axes, Costs, count
+from glm5_jax.plan.costs import count
 from glm5_jax.plan.programs import Job, Program, Work
+from glm5_jax.plan.tally import Axes, Costs
 from glm5_jax.plan.topology import Topology, silenced
 from glm5_jax.sharding import Partition, require_divisible
 

@@ -14,7 +14,8 @@ from glm5_jax.published.fp8 import dequantize
 from glm5_jax.published.names import published_tensors
 from glm5_jax.published.slices import slices
 from glm5_jax.published.source import Stored
-from glm5_jax.quantization import SCALES, VALUES, Scheme, stored_scheme, unpacked
+from glm5_jax.quantization import SCALES, VALUES, Scheme, stored_scheme
+from glm5_jax.quantized import unpacked
 from glm5_jax.tree_store import TreeReader
 
 
@@ -91,8 +92,8 @@ class NativeSource:
         for part in slices(tensor, self._reader.leaves[leaf]):
             if part.start < stop and start < part.stop:
                 chunk = self._reader.read(leaf, part.position)
-                if scheme and scheme.bits == 4:
-                    chunk = unpacked(chunk)[..., : self.spec(name).shape[-1]]
+                if scheme and scheme.kind == "int4":
+                    chunk = unpacked(chunk)
                 rows = chunk.reshape(part.stop - part.start, *tensor.shape[1:])
                 parts.append(rows[max(start - part.start, 0) : stop - part.start])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
