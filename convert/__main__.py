@@ -232,7 +232,7 @@ def _check(args: argparse.Namespace) -> int:
     source = open_source(args.source)
     report(source)
     tensors = source.tensors()
-    dtypes = sorted({stored.dtype.name for stored in tensors.values()})
+    dtypes = sorted({source.kind(name) for name in tensors})
     layers, mtp = source.config.num_layers, source.config.num_mtp_layers
     print(
         f"{args.source}: {len(tensors)} tensors as expected, of {', '.join(dtypes)}; "

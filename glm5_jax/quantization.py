@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm5_jax.chunks import Layout, Region, layout
+from glm5_jax.errors import InputError
 from glm5_jax.params import ParamSpec, map_specs
 from glm5_jax.published.fp8 import BLOCK
 from glm5_jax.published.names import axes_of_published, num_stacked_axes, published_shape
@@ -119,13 +120,16 @@ def restore(
     """Restores a weight that is kept in few bits; a process reads what its devices need.
 
     Raises:
-      InputError: a chunk is missing or not what was written.
+      InputError: a chunk is missing or not what was written, or devices cannot share the values.
     """
     scheme = stored_scheme(reader.leaves, leaf)
     assert scheme is not None
     sharding = keeping(partition)(weight)
     counts = reader.leaves[leaf + SCALES].shape
-    times = partition.times_of_scales(weight, counts) if partition else (1,) * len(counts)
+    times = (1,) * len(counts)
+    if partition is not None:
+        _require_shares(scheme, leaf, weight, partition)
+        times = partition.times_of_scales(weight, counts)
 
     def read_scales(wanted: Region) -> np.ndarray:
         stored = tuple(
@@ -149,16 +153,33 @@ def restore(
     )
 
 
+def _require_shares(scheme: Scheme, leaf: str, weight: ParamSpec, partition: Partition) -> None:
+    """Raises `InputError` if devices would cut pairs of rows apart."""
+    shape = scheme.values_shape(weight)
+    for size, axes in zip(shape, partition.rules.divisors(weight), strict=True):
+        shards = partition.num_shards(axes)
+        if size % shards:
+            raise InputError(
+                f"leaf {leaf} has {size} pairs of rows of {scheme.kind}, which {shards} devices do "
+                f"not share evenly: expected another mesh, whose {'*'.join(axes)} divides {size}"
+            )
+
+
 def abstract(
     blueprint: Any, scheme: Scheme, dtype: jax.typing.DTypeLike, partition: Partition
 ) -> Any:
-    """`params.abstract` of a model whose weights are kept by a scheme."""
+    """`params.abstract` of a model whose weights are kept by a scheme.
+
+    Raises:
+      InputError: devices cannot share the values.
+    """
 
     def keep(leaf: str, weight: ParamSpec) -> Any:
         sharding = partition.sharding(weight)
         if not scheme.keeps(leaf, weight):
             held = weight.pinned_dtype or dtype
             return jax.ShapeDtypeStruct(weight.shape, jnp.dtype(held), sharding=sharding)
+        _require_shares(scheme, leaf, weight, partition)
         counts = scheme.scale_counts(weight)
         times = partition.times_of_scales(weight, counts)
         counts = tuple(n * count for n, count in zip(times, counts, strict=True))

@@ -1,5 +1,6 @@
 """Weights kept in few bits: the model computes what it would with the weights multiplied out."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from convert.__main__ import main
 from glm5_jax.checkpoint import restore_checkpoint, save_checkpoint
 from glm5_jax.collectives import MESH_AXES
+from glm5_jax.errors import InputError
 from glm5_jax.inference.generate import Generator
 from glm5_jax.inference.request import Sampling
 from glm5_jax.inference.score import score
@@ -19,6 +21,7 @@ from glm5_jax.model import Glm5
 from glm5_jax.published.native import NativeSource
 from glm5_jax.published.safetensors import SafetensorsFile
 from glm5_jax.published.source import PublishedSource
+from glm5_jax.quantization import SCHEMES, abstract
 from glm5_jax.quantized import is_quantized, packed, unpacked
 from glm5_jax.sharding import DECODE, Partition
 from tests.tiny import (
@@ -28,6 +31,7 @@ from tests.tiny import (
     build_model,
     float8_weights,
     random_weights,
+    tiny_config,
     write_published,
 )
 
@@ -232,3 +236,17 @@ def test_weights_in_few_bits_are_not_saved_as_others_are(kept, tmp_path):
     with pytest.raises(ValueError, match="few bits"):
         save_checkpoint(tmp_path / "made", restore_checkpoint(kept))
     assert not list(tmp_path.iterdir())
+
+
+def test_devices_that_would_cut_pairs_of_rows_apart_are_refused():
+    odd = dataclasses.replace(tiny_config(RAW).moe, ffn=24)
+    blueprint = Glm5(dataclasses.replace(tiny_config(RAW), moe=odd))
+    partition = Partition(make_mesh({"data": 1, "expert": 1, "model": 8}), DECODE)
+    with pytest.raises(InputError, match="has 12 pairs of rows of int4, which 8 devices"):
+        abstract(blueprint, SCHEMES["int4"], "float32", partition)
+
+
+def test_what_is_checked_is_told_by_its_dtypes(published, kept, capsys):
+    for directory in (published, kept):
+        assert main(["check", str(directory)]) == 0
+        assert "of float32, float8_e4m3fn;" in capsys.readouterr().out

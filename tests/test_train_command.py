@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convert.__main__ import main as convert
 from glm5_jax import console
 from glm5_jax.__main__ import main as glm5
 from glm5_jax.checkpoint import restore_checkpoint
@@ -95,6 +96,14 @@ def test_the_next_stage_starts_with_the_weights_of_the_last(workplace, finished,
         assert np.array_equal(weight, after[path]) == (".indexer." not in path), path
     assert train(workplace, run, 2, "--stage", "warmup") == 2
     assert f"was started with from '{last}', not None" in capsys.readouterr().err
+
+
+def test_rounded_weights_are_no_start(workplace, finished, capsys):
+    rounded, run = workplace / "rounded", workplace / "refused"
+    assert convert(["quantize", str(finished / "step-000007"), str(rounded), "--to", "int8"]) == 0
+    assert train(workplace, run, 2, "--from", str(rounded)) == 2
+    assert "rounded: has weights in int8, expected plain ones" in capsys.readouterr().err
+    assert not run.exists()
 
 
 def test_weights_of_another_model_are_no_start(workplace, finished, capsys):

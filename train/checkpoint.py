@@ -11,7 +11,13 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from glm5_jax.atomic import new_directory
-from glm5_jax.checkpoint import PARAMS_NAME, is_native, restore_checkpoint, write_model
+from glm5_jax.checkpoint import (
+    PARAMS_NAME,
+    is_native,
+    restore_checkpoint,
+    scheme_of,
+    write_model,
+)
 from glm5_jax.chunks import layout
 from glm5_jax.config import Config
 from glm5_jax.errors import InputError
@@ -111,6 +117,11 @@ def weights(directory: Path, config: Config, partition: Partition) -> Params:
     if not is_native(directory):
         raise InputError(f"{directory}: is no native checkpoint, expected one")
     _require_weights(directory, config)
+    if scheme := scheme_of(directory):
+        raise InputError(
+            f"{directory}: has weights in {scheme}, expected plain ones: training moves them by "
+            "less than a step of those"
+        )
     return leaves_by_path(restore_checkpoint(directory, "float32", partition))
 
 

@@ -58,6 +58,11 @@ class NativeSource:
         """The declaration of the weight that a tensor is a part of."""
         return self._specs[self._tensors[name].leaf]
 
+    def kind(self, name: str) -> str:
+        """The dtype that a tensor is kept in."""
+        scheme = self.scheme(name)
+        return scheme.kind if scheme else self.dtype(name).name
+
     def scheme(self, name: str) -> Scheme | None:
         """How a tensor is kept in few bits; None if it is not."""
         return stored_scheme(self._reader.leaves, self._tensors[name].leaf)

@@ -81,6 +81,10 @@ class PublishedSource:
         found = {path.name for path in self.directory.glob("*.safetensors")}
         return sorted(found - used)
 
+    def kind(self, name: str) -> str:
+        """The dtype that a tensor is kept in."""
+        return DTYPES[self._files[name].tensors[name].dtype].name
+
     def has_scales(self, name: str) -> bool:
         """Whether a tensor is float8, which `read` multiplies by its scales."""
         return self._files[name].tensors[name].dtype == FLOAT8
