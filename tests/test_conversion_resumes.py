@@ -15,12 +15,18 @@ from pathlib import Path
 
 import pytest
 
-from convert import to_native, to_published
+from convert import quantize, to_native, to_published
 from convert.__main__ import main
 from tests.tiny import TINY, float8_weights, random_weights, write_published
 
 SEEDS = 50
-DIRECTIONS = ["from-hf", "to-hf"]
+# What is made, and what does one of the shards that a record is kept of.
+STEPS = {
+    "from-hf": (to_native._Conversion, "_convert"),
+    "to-hf": (to_published._Conversion, "_write"),
+    "quantize": (quantize._Quantization, "_round"),
+}
+DIRECTIONS = list(STEPS)
 PUBLISHED = ["--shard-size", "200KB"]
 
 
@@ -42,13 +48,17 @@ def native(source, tmp_path_factory):
 def whole(native):
     back = native.with_name("to-hf")
     assert main(["to-hf", str(native), str(back), *PUBLISHED]) == 0
-    return {"from-hf": native, "to-hf": back}
+    rounded = native.with_name("quantize")
+    assert main(["quantize", str(native), str(rounded), "--to", "int4"]) == 0
+    return {"from-hf": native, "to-hf": back, "quantize": rounded}
 
 
 def command(direction, source, native, destination, *options):
     if direction == "from-hf":
         return ["from-hf", str(source), str(destination), *options]
-    return ["to-hf", str(native), str(destination), *PUBLISHED, *options]
+    if direction == "to-hf":
+        return ["to-hf", str(native), str(destination), *PUBLISHED, *options]
+    return ["quantize", str(native), str(destination), "--to", "int4", *options]
 
 
 def contents(directory):
@@ -130,6 +140,8 @@ def test_a_conversion_killed_at_any_time_goes_on(
         ("to-hf", "convert.to_published.write_text_files"),
         ("to-hf", "convert.workspace.sync"),
         ("to-hf", "shutil.rmtree"),
+        ("quantize", "glm5_jax.tree_writer.TreeWriter.commit"),
+        ("quantize", "shutil.rmtree"),
     ],
 )
 def test_a_kill_while_it_is_finished_does_no_harm(
@@ -167,9 +179,8 @@ def test_what_is_done_is_not_done_again(
 
 def fail_after(monkeypatch, direction, count):
     """Has a full disk after so many shards."""
-    module = {"from-hf": to_native, "to-hf": to_published}[direction]
-    step = {"from-hf": "_convert", "to-hf": "_write"}[direction]
-    original = getattr(module._Conversion, step)
+    conversion, step = STEPS[direction]
+    original = getattr(conversion, step)
     calls = []
 
     def limited(*args):
@@ -178,7 +189,7 @@ def fail_after(monkeypatch, direction, count):
             raise OSError(28, "No space left on device")
         return original(*args)
 
-    monkeypatch.setattr(module._Conversion, step, limited)
+    monkeypatch.setattr(conversion, step, limited)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -229,12 +240,13 @@ def test_another_conversion_is_not_mixed_into_one_that_was_begun(
     option = {
         "from-hf": ["--float8-as", "bfloat16"],
         "to-hf": ["--dtype", "bfloat16"],
+        "quantize": ["--to", "int8"],
     }[direction]
     begin(direction, source, native, tmp_path / "x", monkeypatch, *option)
     capsys.readouterr()
     assert main(command(direction, source, native, tmp_path / "x")) == 2
     error = capsys.readouterr().err
-    assert "a conversion was begun with" in error and "bfloat16" in error and "--restart" in error
+    assert "a conversion was begun with" in error and option[-1] in error and "--restart" in error
     assert main(command(direction, source, native, tmp_path / "x", "--restart")) == 0
     assert contents(tmp_path / "x") == contents(whole[direction])
 
@@ -274,9 +286,8 @@ def test_a_shard_that_changes_while_it_is_read_is_named(source, tmp_path, monkey
 def test_two_runs_into_one_destination_are_refused(
     source, native, whole, direction, tmp_path, monkeypatch, capsys
 ):
-    module = {"from-hf": to_native, "to-hf": to_published}[direction]
-    step = {"from-hf": "_convert", "to-hf": "_write"}[direction]
-    original = getattr(module._Conversion, step)
+    conversion, step = STEPS[direction]
+    original = getattr(conversion, step)
     inside, go_on = threading.Event(), threading.Event()
 
     def waits(*args):
@@ -284,7 +295,7 @@ def test_two_runs_into_one_destination_are_refused(
         assert go_on.wait(60)
         return original(*args)
 
-    monkeypatch.setattr(module._Conversion, step, waits)
+    monkeypatch.setattr(conversion, step, waits)
     arguments = command(direction, source, native, tmp_path / "x")
     first = threading.Thread(target=main, args=(arguments,))
     first.start()
@@ -321,7 +332,7 @@ def test_a_process_that_comes_late_finds_it_made(
     source, native, whole, direction, tmp_path, monkeypatch, capsys
 ):
     """Its share is done, and all else too, before it looks."""
-    module = {"from-hf": to_native, "to-hf": to_published}[direction]
+    module = sys.modules[STEPS[direction][0].__module__]
     original = module.do_share
     other = command(direction, source, native, tmp_path / "x", "--process", "1/2")
 
@@ -370,7 +381,7 @@ def test_a_line_that_does_not_fit_on_the_disk_spoils_no_other(
 def test_nothing_is_thrown_away_that_another_process_works_on(
     source, native, whole, direction, tmp_path, monkeypatch, capsys
 ):
-    module = {"from-hf": to_native, "to-hf": to_published}[direction]
+    module = sys.modules[STEPS[direction][0].__module__]
     original = module.do_share
     other = command(direction, source, native, tmp_path / "x", "--process", "1/2")
 
