@@ -20,7 +20,7 @@ from convert.conversion import (
 from convert.native_layout import FLOAT8, num_bytes
 from convert.pipeline import Pipeline
 from convert.record import entry_of, write_record
-from convert.rounding import rounded
+from convert.rounding import rounded_rows
 from convert.shards import do_share
 from convert.synthetic import FLOAT8_CONFIG
 from convert.workspace import Record, Workspace, open_workspace
@@ -32,7 +32,6 @@ from glm5_jax.errors import InputError
 from glm5_jax.model import Glm5
 from glm5_jax.params import leaves_by_path
 from glm5_jax.published.families import by_family
-from glm5_jax.published.fp8 import dequantize
 from glm5_jax.published.names import PublishedTensor, published_tensors
 from glm5_jax.published.native import NativeSource
 from glm5_jax.published.slices import slices
@@ -209,24 +208,16 @@ class _Quantization:
     def _round_one(self, tensor: PublishedTensor) -> tuple[list[Any], _Error]:
         """Rounds a tensor, a chunk at a time, each with the rest of the blocks it begins in."""
         leaf, scheme = tensor.leaf + VALUES, self._scheme
-        num_rows, _ = tensor.shape
-        step, _ = block = scheme.block(tensor.shape)
         entries, scales, missed, weights = [], [], 0.0, 0.0
         for part in slices(tensor, self._leaves[leaf]):
-            start, stop = part.start // step * step, min(-(-part.stop // step) * step, num_rows)
-            rows = self._source.read(tensor.name, start, stop).astype(np.float32)
-            if not np.isfinite(rows).all():
-                raise InputError(f"{self._source.directory}: {tensor.name} has NaN or infinities")
-            made = rounded(rows, scheme)
-            own = slice(part.start - start, part.stop - start)
-            back = dequantize(made.values, made.scales, 0, block=block)[own]
-            missed += float(np.square(rows[own] - back, dtype=np.float64).sum())
-            weights += float(np.square(rows[own], dtype=np.float64).sum())
-            values = made.values[own]
-            values = packed(values) if scheme.kind == "int4" else values
+            rows = rounded_rows(
+                self._source, tensor.name, tensor.shape, part.start, part.stop, scheme
+            )
+            missed += float(np.square(rows.plain - rows.back, dtype=np.float64).sum())
+            weights += float(np.square(rows.plain, dtype=np.float64).sum())
+            values = packed(rows.values) if scheme.kind == "int4" else rows.values
             entries.append(self._put(leaf, part.position, values.reshape(part.chunk_shape)))
-            begun = -(-part.start // step) - start // step  # blocks that are the last chunk's
-            scales.append(made.scales[begun:])
+            scales.append(rows.scales)
         whole = scheme.of_leaf(np.concatenate(scales), self._weights[tensor.leaf])
         place = self._leaves[tensor.leaf + SCALES]
         (position,) = place.within(tensor.at)

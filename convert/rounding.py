@@ -5,6 +5,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from glm5_jax.errors import InputError
+from glm5_jax.published.fp8 import dequantize
+from glm5_jax.published.native import NativeSource
+from glm5_jax.published.source import PublishedSource
 from glm5_jax.quantization import Scheme
 
 _LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0, "int4": 7.0}  # symmetric: -8 is not used
@@ -37,3 +41,39 @@ def rounded(matrix: np.ndarray, scheme: Scheme) -> Rounded:
     largest = _LARGEST[scheme.kind]
     held = "int8" if scheme.kind == "int4" else scheme.kind
     return Rounded(np.clip(scaled, -largest, largest).astype(jnp.dtype(held)), scales)
+
+
+class Rows(NamedTuple):
+    """Some rows of a matrix, and what they are rounded to."""
+
+    plain: np.ndarray  # float32
+    values: np.ndarray
+    back: np.ndarray  # float32, multiplied out again
+    scales: np.ndarray  # of the blocks that begin in these rows
+
+
+def rounded_rows(
+    source: NativeSource | PublishedSource,
+    name: str,
+    shape: tuple[int, ...],
+    start: int,
+    stop: int,
+    scheme: Scheme,
+) -> Rows:
+    """Reads rows of a matrix with the rest of the blocks they are in, and rounds them.
+
+    Args:
+      shape: of the whole matrix.
+
+    Raises:
+      InputError: some are NaN or infinite.
+    """
+    step, _ = block = scheme.block(shape)
+    first, last = start // step * step, min(-(-stop // step) * step, shape[0])
+    plain = source.read(name, first, last).astype(np.float32)
+    if not np.isfinite(plain).all():
+        raise InputError(f"{source.directory}: {name} has weights that are NaN or infinite")
+    values, scales = rounded(plain, scheme)
+    back = dequantize(values, scales, 0, block=block)
+    own, begun = slice(start - first, stop - first), -(-start // step) - start // step
+    return Rows(plain[own], values[own], back[own], scales[begun:])

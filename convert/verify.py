@@ -14,6 +14,7 @@ from convert.conversion import DEFAULT_EFFORT, Effort
 from convert.diff import Source, config_differences, open_source
 from convert.pipeline import Pipeline
 from convert.record import RECORD_NAME, written_files
+from convert.rounding import rounded_rows
 from glm5_jax.chunks import CHUNK_BYTES
 from glm5_jax.console import progress
 from glm5_jax.errors import InputError
@@ -150,15 +151,19 @@ def _missing(
 
 def _check(made: Source, origin: Source | None, portion: _Portion) -> Callable[[], _Fault | None]:
     def check() -> _Fault | None:
-        name, _, start, stop, _ = portion
+        name, shape, start, stop, _ = portion
         try:
             rows = made.read(name, start, stop)
         except InputError as error:
             return _Fault(name, str(error).removeprefix(f"{made.directory}/"))
         if origin is None:
             return None
+        scheme = made.scheme(name) if isinstance(made, NativeSource) else None
         try:
-            expected = origin.read(name, start, stop).astype(rows.dtype, copy=False)
+            if scheme is not None and not origin.has_scales(name):  # it was rounded
+                expected = rounded_rows(origin, name, shape, start, stop, scheme).back
+            else:
+                expected = origin.read(name, start, stop).astype(rows.dtype, copy=False)
         except InputError as error:
             return _Fault(name, str(error))
         if rows.tobytes() != expected.tobytes():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convert import quantize
 from convert.__main__ import main
 from glm5_jax.checkpoint import restore_checkpoint, save_checkpoint
 from glm5_jax.collectives import MESH_AXES
@@ -180,6 +181,7 @@ def test_quantizing_rounds_to_the_nearest_multiple_of_a_scale(plain, tmp_path, c
     told = next(line for line in lines if "mlp.experts.*.up_proj" in line)
     ups = [error for name, error in errors.items() if ".experts." in name and "up_proj" in name]
     assert told.endswith(f": {np.mean(ups):.3%}, at most {max(ups):.3%}")
+    assert main(["verify", str(made), "--against", str(plain)]) == 0
     model, tokens = restore_checkpoint(made), BATCH
     expected = list(score(build_model(RAW, weights), tokens, depth=1))
     for actual, wanted in zip(score(model, tokens, depth=1), expected, strict=True):
@@ -236,6 +238,43 @@ def test_weights_in_few_bits_are_not_saved_as_others_are(kept, tmp_path):
     with pytest.raises(ValueError, match="few bits"):
         save_checkpoint(tmp_path / "made", restore_checkpoint(kept))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damaged", ["values", "scales"])
+def test_what_was_rounded_otherwise_is_named(plain, tmp_path, capsys, damaged):
+    """The digests are right, and the values are not those that rounding gives."""
+    made = tmp_path / "made"
+    original = quantize._Quantization._put
+
+    def put(self, leaf, position, chunk):
+        if leaf == f"segments.0.layers.0.mlp.up.{damaged}" and position[0] == 1:
+            chunk = chunk * 2 if damaged == "scales" else chunk ^ 1
+        return original(self, leaf, position, chunk)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(quantize._Quantization, "_put", put)
+        assert main(["quantize", str(plain), str(made), "--to", "int8"]) == 0
+    assert main(["verify", str(made)]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(made), "--against", str(plain)]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "model.layers.1.mlp.up_proj.weight: has other values" in error and "layers.0" not in error
+    )
+
+
+@pytest.mark.parametrize("scheme", ["float8", "int4"])
+def test_weights_that_are_not_finite_are_not_rounded(tmp_path, capsys, scheme):
+    weights = random_weights(RAW, seed=3)
+    name = "model.layers.4.mlp.experts.3.up_proj.weight"
+    weights[name][5, 7] = np.nan
+    write_published(tmp_path / "published", RAW, weights)
+    assert main(["from-hf", str(tmp_path / "published"), str(tmp_path / "native")]) == 0
+    capsys.readouterr()
+    made = tmp_path / "made"
+    assert main(["quantize", str(tmp_path / "native"), str(made), "--to", scheme]) == 2
+    assert f"{name} has weights that are NaN or infinite" in capsys.readouterr().err
+    assert not made.exists()
 
 
 def test_devices_that_would_cut_pairs_of_rows_apart_are_refused():
