@@ -5,12 +5,16 @@ import dataclasses
 import json
 import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glm5_jax.commands.arguments import integer
+from glm5_jax.errors import InputError
+from glm5_jax.processes import add_processes
 
 if TYPE_CHECKING:
     from convert.conversion import Effort
+    from convert.workspace import Share
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -58,6 +62,12 @@ def setting(text: str) -> tuple[str, object]:
     raise argparse.ArgumentTypeError(f"is {text!r:.80}, expected KEY=VALUE, VALUE in JSON")
 
 
+def require_directory(path: Path) -> None:
+    """Raises `InputError` if there is no such directory."""
+    if not path.is_dir():
+        raise InputError(f"{path}: is not a directory, expected one with a checkpoint")
+
+
 def add_bounds(command: argparse.ArgumentParser) -> None:
     """Adds what bounds a command's use of the machine."""
     command.add_argument(
@@ -84,19 +94,23 @@ def add_effort(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--process",
         type=share,
-        default="0/1",
         metavar="I/N",
-        help="do the share I, from 0, of N processes; the last one to end makes DST",
+        help="do the share I, from 0, of N processes that do not know of each other; the last one "
+        "to end makes DST",
     )
     command.add_argument(
         "--restart", action="store_true", help="throw away what is done and begin anew"
     )
+    add_processes(command)
 
 
 def effort_of(args: argparse.Namespace) -> "Effort":
-    """What `add_bounds` and `add_effort` read."""
+    """What `add_bounds` and `add_effort` read.
+
+    Raises:
+      InputError: `--process` is given to processes that are connected.
+    """
     from convert.conversion import Effort, quarter_of_memory
-    from convert.workspace import Share
 
     bounds = Effort(
         memory=args.memory or quarter_of_memory(),
@@ -106,7 +120,23 @@ def effort_of(args: argparse.Namespace) -> "Effort":
         return bounds
     return dataclasses.replace(
         bounds,
-        share=Share(*args.process),
+        share=_share(args),
         restart=args.restart,
         strict=getattr(args, "strict", False),
     )
+
+
+def _share(args: argparse.Namespace) -> "Share":
+    import jax
+
+    from convert.workspace import Share
+
+    if not jax.distributed.is_initialized():
+        return Share(*(args.process or (0, 1)))
+    if args.process is not None:
+        number, count = args.process
+        raise InputError(
+            f"--process is {number}/{count}, expected none: the {jax.process_count()} processes "
+            "that are connected share the work"
+        )
+    return Share(jax.process_index(), jax.process_count())

@@ -22,7 +22,7 @@ from glm5_jax.atomic import remove_unfinished
 from glm5_jax.errors import InputError
 
 _LOOK = 0.5  # seconds between looks at whether another process failed
-_LONGEST = 7 * 24 * 3600  # seconds that the first to finish wait for the last
+LONGEST = 7 * 24 * 3600  # seconds that the first to finish wait for the last
 _FAILED = "glm5/failed"
 _TOLD, _REMEMBERED = "glm5/told", 1024  # messages of the first process, and how many are kept
 
@@ -124,7 +124,7 @@ def ending_together() -> Iterator[None]:
         with _signals_reported():
             yield
             # Past a time limit of its own, JAX takes processes that have not ended for dead.
-            client.wait_at_barrier("glm5/end", timeout_in_ms=_LONGEST * 1000)
+            client.wait_at_barrier("glm5/end", timeout_in_ms=LONGEST * 1000)
     except BaseException as error:
         done.set()
         watcher.join()

@@ -146,7 +146,8 @@ class TreeWriter:
         It does so in a folder of its own, for chunks that it moved would be lost to a writer that
         goes on after the process was killed here.
         """
-        alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+        me = jax.process_index()  # whichever of connected processes came last
+        alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
         registry = ocp.type_handlers.create_type_handler_registry((_Written, _WrittenHandler()))
         folder = self._directory.with_name(self._directory.name + ".metadata")
         with _quiet(), _as_os_error(self._directory):

@@ -18,6 +18,7 @@ import pytest
 from convert import quantize, to_native, to_published
 from convert.__main__ import main
 from tests.tiny import TINY, float8_weights, random_weights, write_published
+from tests.together import run_together
 
 SEEDS = 50
 # What is made, and what does one of the shards that a record is kept of.
@@ -327,6 +328,27 @@ def test_three_processes_make_what_one_makes(source, native, whole, direction, p
     assert list(tmp_path.iterdir()) == [tmp_path / "x"]
 
 
+@pytest.mark.slow
+def test_connected_processes_share_the_work(source, native, whole, tmp_path):
+    """And tell once what they made, whoever ended last."""
+    for direction in DIRECTIONS:
+        arguments = command(direction, source, native, tmp_path / direction)
+        ended = run_together(*[("convert", *arguments)] * 3)
+        assert [(each.status, each.errors) for each in ended] == [(0, "")] * 3
+        assert "tensors, " in ended[0].output and not ended[1].output and not ended[2].output
+        assert contents(tmp_path / direction) == contents(whole[direction])
+        assert not workspace(tmp_path / direction).exists()
+
+
+@pytest.mark.slow
+def test_connected_processes_take_no_other_share(source, tmp_path):
+    arguments = ["from-hf", source, tmp_path / "x", "--process", "0/2"]
+    ended = run_together(*[("convert", *arguments)] * 2)
+    assert {each.status for each in ended} == {2}
+    assert "--process is 0/2, expected none" in "".join(each.errors for each in ended)
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_process_that_comes_late_finds_it_made(
     source, native, whole, direction, tmp_path, monkeypatch, capsys
@@ -345,7 +367,7 @@ def test_a_process_that_comes_late_finds_it_made(
     monkeypatch.setattr(module, "do_share", slow)
     arguments = command(direction, source, native, tmp_path / "x", "--process", "0/2")
     assert main(arguments) == 0
-    assert "another one has made it" in capsys.readouterr().out
+    assert "another has made it" in capsys.readouterr().out
     assert contents(tmp_path / "x") == contents(whole[direction])
 
 

@@ -1,0 +1,98 @@
+"""`check`, `diff` and `verify`, which read checkpoints and change nothing."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from convert.arguments import add_bounds, effort_of, portion, require_directory
+from glm5_jax.commands.arguments import integer
+from glm5_jax.console import add_command
+
+
+def add(commands: Any) -> None:
+    """Adds the commands."""
+    command = add_command(
+        commands,
+        "check",
+        _check,
+        "Compare a checkpoint's names, shapes and dtypes with its config.\n\n"
+        "Only headers are read.",
+    )
+    command.add_argument("source", type=Path, metavar="SRC", help="checkpoint of either layout")
+    command = add_command(
+        commands,
+        "diff",
+        _diff,
+        "Compare two checkpoints tensor by tensor, in either layout.\n\n"
+        "The exit status is 0 if they are equal and 1 if they differ.",
+    )
+    command.add_argument("first", type=Path, metavar="A", help="checkpoint of either layout")
+    command.add_argument("second", type=Path, metavar="B", help="another")
+    command = add_command(
+        commands,
+        "verify",
+        _verify,
+        "Read a checkpoint again and prove it.\n\n"
+        "Every chunk of a native one, and every file of one that to-hf made, is compared with its\n"
+        "SHA-256; with --against, every value with the checkpoint that it was made of.",
+    )
+    command.add_argument("directory", type=Path, metavar="DST", help="of either layout")
+    command.add_argument("--against", type=Path, metavar="SRC", help="what it was made of")
+    command.add_argument(
+        "--sample",
+        type=portion,
+        default=1.0,
+        metavar="SHARE",
+        help="the share to look at, chosen at random, such as 0.01",
+    )
+    command.add_argument(
+        "--seed", type=integer(0), default=0, metavar="N", help="of what --sample chooses"
+    )
+    add_bounds(command)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from convert.conversion import report
+    from convert.diff import open_source
+
+    require_directory(args.source)
+    source = open_source(args.source)
+    report(source)
+    tensors = source.tensors()
+    dtypes = sorted({source.kind(name) for name in tensors})
+    layers, mtp = source.config.num_layers, source.config.num_mtp_layers
+    print(
+        f"{args.source}: {len(tensors)} tensors as expected, of {', '.join(dtypes)}; "
+        f"{layers} layers and {mtp} for multi-token prediction"
+    )
+    source.close()
+    return 0
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from convert.diff import compare
+
+    for path in (args.first, args.second):
+        require_directory(path)
+    outcome = compare(args.first, args.second)
+    for line in outcome.lines():
+        print(line)
+    print(
+        f"{outcome.num_tensors} tensors in both, {len(outcome.differences)} differences, "
+        f"largest between values {outcome.largest:.3g}"
+    )
+    return 1 if outcome.differences else 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from convert.verify import verify
+
+    for path in filter(None, (args.directory, args.against)):
+        require_directory(path)
+    found = verify(args.directory, args.against, args.sample, args.seed, effort_of(args))
+    tensors = f"{found.num_tensors} tensors" if found.num_tensors else ""
+    files = f"{found.num_files} files" if found.num_files else ""
+    looked = " and ".join(filter(None, (tensors, files)))
+    versus = f", against {args.against}" if args.against else ""
+    print(f"{args.directory}: sound; {looked}, {found.num_bytes:,} bytes were read{versus}")
+    return 0
