@@ -15,6 +15,7 @@ from benchmarks.output import write_results
 
 _PLANS = (
     ("glm5_jax", "glm-5", "--topology", "v6e:16x16", "--job", "decode"),
+    ("glm5_jax", "glm-5", "--topology", "v6e:4x8", "--weights", "float8", "--batch", "32"),
     ("glm5_jax", "glm-5.2", "--topology", "v5p:8x8x8", "--job", "prefill", "--context", "131072"),
     ("glm5_jax", "glm-5", "--topology", "v5p:8x8x16", "--job", "train"),
     ("train", "single-h200", "--topology", "h200:1"),
