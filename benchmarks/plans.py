@@ -15,11 +15,15 @@ from benchmarks.output import write_results
 
 _PLANS = (
     ("glm5_jax", "glm-5", "--topology", "v6e:16x16", "--job", "decode"),
-    ("glm5_jax", "glm-5", "--topology", "v6e:4x8", "--weights", "float8", "--batch", "32"),
     ("glm5_jax", "glm-5.2", "--topology", "v5p:8x8x8", "--job", "prefill", "--context", "131072"),
     ("glm5_jax", "glm-5", "--topology", "v5p:8x8x16", "--job", "train"),
     ("train", "single-h200", "--topology", "h200:1"),
     ("train", "v5p-64", "--topology", "v5p:4x4x2"),
+)
+_FEW_BITS = (
+    ("glm5_jax", "glm-5", "--topology", "v6e:4x8", "--batch", "32", "--weights", "float8"),
+    ("glm5_jax", "glm-5", "--topology", "v6e:4x8", "--batch", "32", "--weights", "int8"),
+    ("glm5_jax", "glm-5", "--topology", "v5p:2x2x2", "--batch", "32", "--weights", "int4"),
 )
 # The program, with its peak of memory on the last line of standard error.
 _PROGRAM = (
@@ -50,16 +54,20 @@ def run(module: str, *arguments: str) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Plans and prints; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--few-bits", action="store_true", help="of weights in few bits instead")
     parser.add_argument("--results", type=Path, help="folder to write plans.json and .md to")
     args = parser.parse_args(arguments)
+    name, command, plans = "plans", "python -m benchmarks.plans", _PLANS
+    if args.few_bits:
+        name, command, plans = "plans_few_bits", f"{command} --few-bits", _FEW_BITS
     rows, lines = [], []
-    for plan in _PLANS:
+    for plan in plans:
         rows.append(row := run(*plan))
         lines += [f"`{row['command']}`", "", "```", row["output"], "```", ""]
         lines += [f"{row['seconds']:.0f} s and {row['peak_mib']:,} MiB of memory here.", ""]
         print("\n".join(lines[-8:]), flush=True)
     if args.results:
-        write_results(args.results, "plans", "python -m benchmarks.plans", rows, lines, "libtpu")
+        write_results(args.results, name, command, rows, lines, "libtpu")
     return 0
 
 
