@@ -10,6 +10,7 @@ import pytest
 
 from convert import quantize
 from convert.__main__ import main
+from glm5_jax.__main__ import main as glm5
 from glm5_jax.checkpoint import restore_checkpoint, save_checkpoint
 from glm5_jax.collectives import MESH_AXES
 from glm5_jax.errors import InputError
@@ -283,6 +284,19 @@ def test_devices_that_would_cut_pairs_of_rows_apart_are_refused():
     partition = Partition(make_mesh({"data": 1, "expert": 1, "model": 8}), DECODE)
     with pytest.raises(InputError, match="has 12 pairs of rows of int4, which 8 devices"):
         abstract(blueprint, SCHEMES["int4"], "float32", partition)
+
+
+def test_a_plan_of_a_checkpoint_knows_how_its_weights_are_kept(kept, capsys):
+    work = ["--topology", "h100:1", "--batch", "1", "--context", "64", "--json"]
+    assert glm5(["plan", str(kept), *work]) == 0
+    found = json.loads(capsys.readouterr().out)
+    leaves = jax.tree.leaves(load_model(kept))
+    assert found["scheme"] == "float8"
+    assert found["memory"]["weights"] == sum(leaf.nbytes for leaf in leaves)
+    assert glm5(["plan", str(kept), *work, "--weights", "plain"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory"]["weights"] > found["memory"]["weights"]
+    assert glm5(["plan", "demo", *work, "--job", "train", "--weights", "int8"]) == 2
+    assert "--weights is int8, in which train cannot keep them" in capsys.readouterr().err
 
 
 def test_what_is_checked_is_told_by_its_dtypes(published, kept, capsys):
