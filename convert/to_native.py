@@ -34,7 +34,7 @@ from glm5_jax.console import Advance, notice
 from glm5_jax.errors import InputError
 from glm5_jax.published.families import by_family
 from glm5_jax.published.names import published_tensors
-from glm5_jax.published.safetensors import SafetensorsFile
+from glm5_jax.published.safetensors import TensorFile
 from glm5_jax.published.slices import Slice
 from glm5_jax.published.source import PublishedSource
 from glm5_jax.tree_writer import TreeWriter
@@ -47,7 +47,14 @@ class _Portion(NamedTuple):
 
     offset: int
     size: int
-    chunk: tuple[str, Slice] | None  # of which tensor, and where
+    chunk: tuple[str, Slice] | None = None  # of which tensor, and where
+    again: int = 0  # of its first bytes, those that a portion before it has, too
+
+
+def _portions_between(start: int, stop: int) -> Iterator[_Portion]:
+    """Bytes that become nothing."""
+    for offset in range(start, stop, CHUNK_BYTES):
+        yield _Portion(offset, min(CHUNK_BYTES, stop - offset))
 
 
 def outline(directory: Path, float8_as: jax.typing.DTypeLike | None = None) -> Outline:
@@ -177,10 +184,10 @@ class _Conversion:
             ) -> _Put | None:
                 done = self._put(file, portion, data)
                 pipeline.give_back(memory)
-                advance(portion.size)
+                advance(portion.size - portion.again)
                 return done
 
-            digest.update(data)
+            digest.update(memoryview(data)[portion.again :])
             putting.append(pipeline.submit(put))
             del data, put  # which would hold the bytes until there is memory for the next
         file.require_unchanged()
@@ -198,19 +205,20 @@ class _Conversion:
             "chunks": [chunk.entry for chunk in chunks],
         }
 
-    def _portions(self, file: SafetensorsFile) -> Iterator[_Portion]:
-        """A whole file, in the order of its bytes."""
-        yield _Portion(0, file.data_start, None)
-        for name, info in sorted(file.tensors.items(), key=lambda item: item[1].start):
-            place = self._places.get(name)
-            if place is None:  # a scale that is not kept, or a copy of another tensor
-                _, count = file.span(name, 0, info.shape[0])
-                for start in range(0, count, CHUNK_BYTES):
-                    size = min(CHUNK_BYTES, count - start)
-                    yield _Portion(info.start + start, size, None)
-                continue
-            for part in place.slices:
-                yield _Portion(*file.span(name, part.start, part.stop), (name, part))
+    def _portions(self, file: TensorFile) -> Iterator[_Portion]:
+        """A whole file, in the order of its bytes; tensors may share some."""
+        end = 0
+        for portion in sorted(self._chunks_in(file), key=lambda portion: portion.offset):
+            yield from _portions_between(end, portion.offset)
+            yield portion._replace(again=min(max(end - portion.offset, 0), portion.size))
+            end = max(end, portion.offset + portion.size)
+        yield from _portions_between(end, file.version.size)
+
+    def _chunks_in(self, file: TensorFile) -> Iterator[_Portion]:
+        for name in file.tensors:
+            if place := self._places.get(name):  # else a scale that is not kept, or a copy
+                for part in place.slices:
+                    yield _Portion(*file.span(name, part.start, part.stop), (name, part))
 
     def _memory_of(self, portion: _Portion) -> int:
         """What a portion takes from when it is read until its chunk is on the disk."""
@@ -220,7 +228,7 @@ class _Conversion:
         made = math.prod(part.chunk_shape) * self._places[name].dtype.itemsize
         return portion.size + (0 if made == portion.size else made)
 
-    def _put(self, file: SafetensorsFile, portion: _Portion, data: bytearray) -> "_Put | None":
+    def _put(self, file: TensorFile, portion: _Portion, data: bytearray) -> "_Put | None":
         if portion.chunk is None:
             return None
         name, part = portion.chunk

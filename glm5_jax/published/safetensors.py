@@ -5,6 +5,7 @@ cannot hand float8 to numpy; so headers are read and checked here. What passes a
 refuses is refused, too.
 """
 
+import abc
 import os
 import stat
 from pathlib import Path
@@ -20,7 +21,6 @@ from glm5_jax.published.header import LONGEST, TensorInfo, tensors_of
 from glm5_jax.strict_json import parse_json
 
 FLOAT8 = "F8_E4M3"
-_NOT_VALID = "not a valid safetensors file"
 DTYPES: dict[str, np.dtype] = {
     "F32": jnp.dtype("float32"),
     "F16": jnp.dtype("float16"),
@@ -36,14 +36,14 @@ class Version(NamedTuple):
     modified: int  # in nanoseconds of the clock of the file system
 
 
-class SafetensorsFile:
-    """An open safetensors file."""
+class TensorFile(abc.ABC):
+    """An open file of tensors, of which rows are read where its header says that they lie."""
 
     def __init__(self, path: Path):
         """Opens a file and checks its layout.
 
         Raises:
-          InputError: the file is missing, truncated, or not laid out as the format demands.
+          InputError: the file is missing, truncated, or not laid out as its format demands.
         """
         self.path = path
         try:
@@ -55,30 +55,13 @@ class SafetensorsFile:
                 raise InputError(f"{path}: not a file")
             self.version = self._current_version()
             self.tensors = self._read_header()
-            with safe_open(path, framework="np"):
-                pass
-        except SafetensorError as error:
-            self.close()
-            raise InputError(f"{path}: {_NOT_VALID}: {error}") from None
         except BaseException:
             self.close()
             raise
 
+    @abc.abstractmethod
     def _read_header(self) -> dict[str, TensorInfo]:
-        where = f"{self.path}: {_NOT_VALID}"
-        length = int.from_bytes(os.pread(self._file, 8, 0), "little")
-        self.data_start = 8 + length  # where the header ends, in bytes
-        if length > LONGEST or self.data_start > self.version.size:
-            raise InputError(
-                f"{where}: its first bytes promise a header of {length:,} bytes, the file has "
-                f"{self.version.size:,}; is it truncated?"
-            )
-        found = parse_json(os.pread(self._file, length, 8), where)
-        size = self.version.size - self.data_start
-        tensors, faults = tensors_of(found, self.data_start, size)
-        if faults:
-            raise InputError(f"{where}: {'; '.join(faults)}")
-        return tensors
+        """What the file says of its tensors, checked against its size."""
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` of a tensor's first axis, in the dtype of the file.
@@ -141,3 +124,27 @@ class SafetensorsFile:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class SafetensorsFile(TensorFile):
+    """An open safetensors file."""
+
+    def _read_header(self) -> dict[str, TensorInfo]:
+        where = f"{self.path}: not a valid safetensors file"
+        length = int.from_bytes(os.pread(self._file, 8, 0), "little")
+        data_start = 8 + length
+        if length > LONGEST or data_start > self.version.size:
+            raise InputError(
+                f"{where}: its first bytes promise a header of {length:,} bytes, the file has "
+                f"{self.version.size:,}; is it truncated?"
+            )
+        found = parse_json(os.pread(self._file, length, 8), where)
+        tensors, faults = tensors_of(found, data_start, self.version.size - data_start)
+        if faults:
+            raise InputError(f"{where}: {'; '.join(faults)}")
+        try:
+            with safe_open(self.path, framework="np"):
+                pass
+        except SafetensorError as error:
+            raise InputError(f"{where}: {error}") from None
+        return tensors
