@@ -33,7 +33,7 @@ ORDER = [
     ["model"],
     ["tree_store", "published.header", "published.names"],
     ["tree_writer", "published.safetensors", "quantization"],
-    ["checkpoint", "published.files", "published.check", "published.slices"],
+    ["checkpoint", "published.files", "published.check", "published.slices", "published.exports"],
     ["published.source", "published.native"],
     ["load", "info", "inference", "doctor"],
     ["plan", "server"],

@@ -1,4 +1,4 @@
-"""Which safetensors file of a published directory holds which tensor."""
+"""The tensor files of a published directory."""
 
 import os
 from collections import Counter
@@ -7,18 +7,15 @@ from typing import Any
 
 from glm5_jax.errors import InputError
 from glm5_jax.published.families import by_family
-from glm5_jax.published.safetensors import SafetensorsFile
+from glm5_jax.published.safetensors import SafetensorsFile, TensorFile
 from glm5_jax.strict_json import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 
-def open_files(directory: Path) -> dict[str, SafetensorsFile]:
+def open_files(directory: Path) -> list[TensorFile]:
     """Opens the files of a published directory.
-
-    Returns:
-      The file of every tensor.
 
     Raises:
       InputError: a file is missing, damaged or outside the directory, or the index does not list
@@ -38,7 +35,7 @@ def open_files(directory: Path) -> dict[str, SafetensorsFile]:
     if missing:
         raise InputError(f"{directory}: {', '.join(missing)} missing, named by {INDEX_NAME}")
 
-    opened: list[SafetensorsFile] = []
+    opened: list[TensorFile] = []
     try:
         faults = []
         for name in names:
@@ -54,7 +51,7 @@ def open_files(directory: Path) -> dict[str, SafetensorsFile]:
         for file in opened:
             file.close()
         raise
-    return {name: file for file in opened for name in file.tensors}
+    return opened
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -96,7 +93,7 @@ def _inside(directory: Path, name: str) -> Path:
     return path
 
 
-def _compare(index_path: Path, listed: dict[str, str], files: list[SafetensorsFile]) -> None:
+def _compare(index_path: Path, listed: dict[str, str], files: list[TensorFile]) -> None:
     held = [(name, file.path.name) for file in files for name in file.tensors]
     times = Counter(name for name, _ in held)
     pairs = set(held)

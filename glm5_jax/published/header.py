@@ -29,6 +29,11 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     start: int  # of its bytes, counted from the start of the file
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of its data."""
+        return math.prod(self.shape) * _BITS[self.dtype] // 8
+
 
 def tensors_of(
     header: Mapping[str, Any], data_start: int, data_size: int

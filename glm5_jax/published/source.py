@@ -12,11 +12,12 @@ from glm5_jax.chunks import layout
 from glm5_jax.config_json import read_config
 from glm5_jax.errors import InputError
 from glm5_jax.published.check import tensor_problems
+from glm5_jax.published.exports import as_published
 from glm5_jax.published.families import by_family
 from glm5_jax.published.files import open_files
 from glm5_jax.published.fp8 import BLOCK, SCALE_SUFFIX, dequantize
 from glm5_jax.published.names import MTP_COPIES, layer_prefix
-from glm5_jax.published.safetensors import DTYPES, FLOAT8, SafetensorsFile
+from glm5_jax.published.safetensors import DTYPES, FLOAT8, TensorFile
 
 
 class Stored(NamedTuple):
@@ -49,7 +50,23 @@ class PublishedSource:
         self.config = published.config
         self.raw_config = published.raw
         self.unknown_keys = published.unknown_keys
-        self._files = open_files(directory)
+        self._files: dict[str, TensorFile] = {}
+        self._opened = open_files(directory)
+        try:
+            self._show_as_published()
+            self._check()
+        except BaseException:
+            self.close()
+            raise
+
+    def _show_as_published(self) -> None:
+        headers = {file.path.name: file.tensors for file in self._opened}
+        headers = as_published(self.directory, headers, self.config)
+        for file in self._opened:
+            file.tensors = headers[file.path.name]
+            self._files |= dict.fromkeys(file.tensors, file)
+
+    def _check(self) -> None:
         mtp_prefix = layer_prefix(self.config.num_layers)
         # transformers keeps the config's MTP layer and drops its tensors when it saves a model.
         self.lacks_mtp = self.config.num_mtp_layers > 0 and not any(
@@ -64,8 +81,7 @@ class PublishedSource:
         }
         infos = {name: file.tensors[name] for name, file in self._files.items()}
         if problems := tensor_problems(self.config, infos, self.copies):
-            self.close()
-            raise InputError(f"{directory}: {'; '.join(problems)}")
+            raise InputError(f"{self.directory}: {'; '.join(problems)}")
 
     def tensors(self) -> dict[str, Stored]:
         """Every tensor by its published name, as it is read; scales are not tensors."""
@@ -172,13 +188,13 @@ class PublishedSource:
             rows = place.region(position)[0]
             yield rows.start, rows.stop
 
-    def files(self) -> list[SafetensorsFile]:
+    def files(self) -> list[TensorFile]:
         """The open files, by name."""
         return sorted(set(self._files.values()), key=lambda file: file.path.name)
 
     def close(self) -> None:
         """Closes the files."""
-        for file in self.files():
+        for file in self._opened:
             file.close()
 
     def dtype(self, name: str) -> np.dtype:
