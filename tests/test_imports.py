@@ -32,7 +32,7 @@ ORDER = [
     ["segment", "mtp"],
     ["model"],
     ["tree_store", "published.header", "published.names"],
-    ["tree_writer", "published.safetensors", "quantization"],
+    ["tree_writer", "published.safetensors", "published.torch_file", "quantization"],
     ["checkpoint", "published.files", "published.check", "published.slices", "published.exports"],
     ["published.source", "published.native"],
     ["load", "info", "inference", "doctor"],
@@ -85,7 +85,7 @@ def test_the_model_is_built_from_the_bottom_up(path):
 def test_everything_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    optional = ("serve", "train", "parquet", "eval", "tensorboard", "wandb")
+    optional = ("serve", "train", "parquet", "eval", "tensorboard", "wandb", "torch")
     own = [line for name in optional for line in extras[name]]
     declared = [*project["dependencies"], *own, *requires("flax")]
     names = {re.split(r"[^\w-]", line)[0].lower().replace("-", "_") for line in declared}
@@ -99,7 +99,9 @@ def test_everything_imported_is_declared():
 def test_nothing_is_unpickled():
     for path in FILES:
         text = path.read_text()
-        assert not re.search(r"\bpickle\.|torch\.load|allow_pickle=True", text), path
+        assert not re.search(r"\bpickle\.|allow_pickle=True", text), path
+        for arguments in re.findall(r"torch\.load\((.*)", text):
+            assert "weights_only=True" in arguments, path
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

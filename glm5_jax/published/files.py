@@ -2,45 +2,56 @@
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from glm5_jax.errors import InputError
 from glm5_jax.published.families import by_family
 from glm5_jax.published.safetensors import SafetensorsFile, TensorFile
+from glm5_jax.published.torch_file import TorchFile
 from glm5_jax.strict_json import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 
+class _Kind(NamedTuple):
+    """A format that tensors are published in."""
+
+    index_name: str  # the file that says which other one holds which tensor
+    single_name: str  # the file there is where there is no index
+    suffixes: tuple[str, ...]
+    open: Callable[[Path], TensorFile]
+
+
+_SAFETENSORS = _Kind(INDEX_NAME, SINGLE_NAME, (".safetensors",), SafetensorsFile)
+_TORCH = _Kind(
+    "pytorch_model.bin.index.json", "pytorch_model.bin", (".bin", ".pt", ".pth"), TorchFile
+)
+
+
 def open_files(directory: Path) -> list[TensorFile]:
-    """Opens the files of a published directory.
+    """Opens the files of a published directory; of safetensors, if it has them.
 
     Raises:
       InputError: a file is missing, damaged or outside the directory, or the index does not list
         exactly what the files hold. All mismatches are named.
     """
-    index_path = directory / INDEX_NAME
-    if index_path.exists():
-        listed = _read_index(index_path)
-    elif (directory / SINGLE_NAME).exists():
-        listed = None
-    else:
-        pickles = any(directory.glob("*.bin")) or any(directory.glob("*.pth"))
-        hint = "; pickles (.bin, .pth) are not read" if pickles else ""
-        raise InputError(f"{directory}: has neither {SINGLE_NAME} nor {INDEX_NAME}{hint}")
-    names = [SINGLE_NAME] if listed is None else sorted(set(listed.values()))
+    kind, single = _find(directory)
+    index_path = directory / kind.index_name
+    listed = None if single else _read_index(index_path, kind)
+    names = [single] if listed is None else sorted(set(listed.values()))
     missing = [name for name in names if not (directory / name).exists()]
     if missing:
-        raise InputError(f"{directory}: {', '.join(missing)} missing, named by {INDEX_NAME}")
+        raise InputError(f"{directory}: {', '.join(missing)} missing, named by {kind.index_name}")
 
     opened: list[TensorFile] = []
     try:
         faults = []
         for name in names:
             try:
-                opened.append(SafetensorsFile(_inside(directory, name)))
+                opened.append(kind.open(_inside(directory, name)))
             except InputError as error:
                 faults.append(str(error))
         if faults:
@@ -54,14 +65,29 @@ def open_files(directory: Path) -> list[TensorFile]:
     return opened
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _find(directory: Path) -> tuple[_Kind, str]:
+    """The format of the files, and the name of the only one if there is no index."""
+    for kind in (_SAFETENSORS, _TORCH):
+        if (directory / kind.index_name).exists():
+            return kind, ""
+        if (directory / kind.single_name).exists():
+            return kind, kind.single_name
+    found = sorted(path.name for end in _TORCH.suffixes for path in directory.glob(f"*{end}"))
+    if len(found) == 1:
+        return _TORCH, found[0]
+    hint = f"; of {', '.join(found)} it is not clear which is meant" if found else ""
+    raise InputError(f"{directory}: has neither {SINGLE_NAME} nor {INDEX_NAME}{hint}")
+
+
+def _read_index(path: Path, kind: _Kind) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: weight_map is missing or not an object")
+    expected = f"expected the plain name of a {' or '.join(kind.suffixes)} file"
     faults = [
-        (tensor, f"is said to be in {name!r:.80}, expected the plain name of a .safetensors file")
+        (tensor, f"is said to be in {name!r:.80}, {expected}")
         for tensor, name in weight_map.items()
-        if not _is_plain(name)
+        if not _is_plain(name, kind)
     ]
     if faults:
         said = "; ".join(f"tensor {subject} {fault}" for subject, fault, _ in by_family(faults))
@@ -69,13 +95,13 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _is_plain(name: Any) -> bool:
+def _is_plain(name: Any, kind: _Kind) -> bool:
     """Whether it is the name of a tensor file, and no path that could lead elsewhere."""
     return (
         isinstance(name, str)
         and name == os.path.basename(name)
         and not set("\0\\") & set(name)
-        and name.endswith(".safetensors")
+        and name.endswith(kind.suffixes)
     )
 
 
