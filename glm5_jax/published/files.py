@@ -31,8 +31,14 @@ _TORCH = _Kind(
 )
 
 
-def open_files(directory: Path) -> list[TensorFile]:
+def open_files(
+    directory: Path, wanted: Callable[[str], bool] = lambda name: True
+) -> list[TensorFile]:
     """Opens the files of a published directory; of safetensors, if it has them.
+
+    Args:
+      wanted: tells by its name whether a tensor is; a file is only opened, and need only be there,
+        if the index names one in it that is.
 
     Raises:
       InputError: a file is missing, damaged or outside the directory, or the index does not list
@@ -41,7 +47,12 @@ def open_files(directory: Path) -> list[TensorFile]:
     kind, single = _find(directory)
     index_path = directory / kind.index_name
     listed = None if single else _read_index(index_path, kind)
-    names = [single] if listed is None else sorted(set(listed.values()))
+    if listed is None:
+        names = [single]
+    else:
+        used = {file for tensor, file in listed.items() if wanted(tensor)}
+        listed = {tensor: file for tensor, file in listed.items() if file in used}
+        names = sorted(used)
     missing = [name for name in names if not (directory / name).exists()]
     if missing:
         raise InputError(f"{directory}: {', '.join(missing)} missing, named by {kind.index_name}")

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from glm5_jax.chunks import layout
+from glm5_jax.config import Config
 from glm5_jax.config_json import read_config
 from glm5_jax.errors import InputError
 from glm5_jax.published.check import tensor_problems
@@ -18,6 +19,7 @@ from glm5_jax.published.files import open_files
 from glm5_jax.published.fp8 import BLOCK, SCALE_SUFFIX, dequantize
 from glm5_jax.published.names import MTP_COPIES, layer_prefix
 from glm5_jax.published.safetensors import DTYPES, FLOAT8, TensorFile
+from glm5_jax.published.subset import WHOLE, Subset, ranges, subset_config, subset_tensors
 
 
 class Stored(NamedTuple):
@@ -38,32 +40,38 @@ def _first_fault(scales: np.ndarray) -> str | None:
 class PublishedSource:
     """An open published checkpoint."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, subset: Subset = WHOLE):
         """Opens a directory: reads `config.json` and the headers of the tensor files.
+
+        Args:
+          subset: the part of it that is seen, as if it were all; files without any are not read.
 
         Raises:
           InputError: a file is missing or damaged, or the tensors are not those that the config
-            demands; then all differences are named.
+            demands; then all differences are named. Or there is no such subset.
         """
-        published = read_config(directory / "config.json")
+        whole = read_config(directory / "config.json")
+        published = subset_config(directory, whole, subset)
         self.directory = directory
+        self.subset = subset
         self.config = published.config
         self.raw_config = published.raw
         self.unknown_keys = published.unknown_keys
         self._files: dict[str, TensorFile] = {}
-        self._opened = open_files(directory)
+        self._opened = open_files(directory, subset.wants)
         try:
-            self._show_as_published()
+            self._show_as_published(whole.config)
             self._check()
         except BaseException:
             self.close()
             raise
 
-    def _show_as_published(self) -> None:
+    def _show_as_published(self, config: Config) -> None:
+        """Has files show what is seen of them; the config is that of the whole checkpoint."""
         headers = {file.path.name: file.tensors for file in self._opened}
-        headers = as_published(self.directory, headers, self.config)
+        headers = as_published(self.directory, headers, config)
         for file in self._opened:
-            file.tensors = headers[file.path.name]
+            file.tensors = subset_tensors(headers[file.path.name], config, self.subset)
             self._files |= dict.fromkeys(file.tensors, file)
 
     def _check(self) -> None:
@@ -81,7 +89,9 @@ class PublishedSource:
         }
         infos = {name: file.tensors[name] for name, file in self._files.items()}
         if problems := tensor_problems(self.config, infos, self.copies):
-            raise InputError(f"{self.directory}: {'; '.join(problems)}")
+            layers = self.subset.layers
+            seen = "" if layers is None else f", its layers {ranges(layers)} renumbered"
+            raise InputError(f"{self.directory}{seen}: {'; '.join(problems)}")
 
     def tensors(self) -> dict[str, Stored]:
         """Every tensor by its published name, as it is read; scales are not tensors."""
@@ -92,7 +102,9 @@ class PublishedSource:
         }
 
     def unused_files(self) -> list[str]:
-        """Tensor files of the directory that the index does not name."""
+        """Tensor files of the directory that the index does not name; not known of a subset."""
+        if self.subset != WHOLE:
+            return []
         used = {file.path.name for file in self.files()}
         found = {path.name for path in self.directory.glob("*.safetensors")}
         return sorted(found - used)
@@ -189,8 +201,14 @@ class PublishedSource:
             yield rows.start, rows.stop
 
     def files(self) -> list[TensorFile]:
-        """The open files, by name."""
+        """The open files that hold tensors, by name."""
         return sorted(set(self._files.values()), key=lambda file: file.path.name)
+
+    def num_bytes(self, file: TensorFile) -> int:
+        """How much of a file is read; of a subset, its tensors alone."""
+        if self.subset == WHOLE:
+            return file.version.size
+        return sum(info.num_bytes for info in file.tensors.values())
 
     def close(self) -> None:
         """Closes the files."""
