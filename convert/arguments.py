@@ -15,6 +15,7 @@ from glm5_jax.processes import add_processes
 if TYPE_CHECKING:
     from convert.conversion import Effort
     from convert.workspace import Share
+    from glm5_jax.published.subset import Subset
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -66,6 +67,41 @@ def require_directory(path: Path) -> None:
     """Raises `InputError` if there is no such directory."""
     if not path.is_dir():
         raise InputError(f"{path}: is not a directory, expected one with a checkpoint")
+
+
+def layers(text: str) -> tuple[int, ...]:
+    """Numbers of layers, ascending, of a list of numbers and ranges such as 0-3,78."""
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise argparse.ArgumentTypeError(f"is {text!r:.80}, expected layers such as 0-3,78")
+        found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(sorted(found))
+
+
+def add_subset(command: argparse.ArgumentParser) -> None:
+    """Adds which part of a published checkpoint is meant."""
+    command.add_argument(
+        "--layers",
+        type=layers,
+        metavar="LIST",
+        help="only these layers of SRC, such as 0-3,78; the number after its last layer is the one "
+        "for multi-token prediction (default: all)",
+    )
+    command.add_argument(
+        "--experts",
+        type=integer(1),
+        metavar="N",
+        help="only the first N routed experts of each layer of SRC (default: all)",
+    )
+
+
+def subset_of(args: argparse.Namespace) -> "Subset":
+    """What `add_subset` reads."""
+    from glm5_jax.published.subset import Subset
+
+    return Subset(args.layers, args.experts)
 
 
 def add_bounds(command: argparse.ArgumentParser) -> None:

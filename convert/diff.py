@@ -11,9 +11,11 @@ from rich.progress import TextColumn
 from glm5_jax.checkpoint import is_native
 from glm5_jax.config_json import config_to_json
 from glm5_jax.console import progress
+from glm5_jax.errors import InputError
 from glm5_jax.published.families import by_family
 from glm5_jax.published.native import NativeSource
 from glm5_jax.published.source import PublishedSource
+from glm5_jax.published.subset import WHOLE, Subset
 
 Source = NativeSource | PublishedSource
 
@@ -45,13 +47,20 @@ class Comparison(NamedTuple):
             yield f"{subject}: {what}" + (f" by up to {distance:.3g}" if distance else "")
 
 
-def open_source(directory: Path) -> Source:
+def open_source(directory: Path, subset: Subset = WHOLE) -> Source:
     """Opens a checkpoint of either layout.
+
+    Args:
+      subset: the part that is looked at, of a published one.
 
     Raises:
       InputError: it is not a whole, sound checkpoint.
     """
-    return NativeSource(directory) if is_native(directory) else PublishedSource(directory)
+    if not is_native(directory):
+        return PublishedSource(directory, subset)
+    if subset != WHOLE:
+        raise InputError(f"{directory}: is native, expected a published one to take a part of")
+    return NativeSource(directory)
 
 
 def compare(first: Path, second: Path) -> Comparison:

@@ -30,7 +30,8 @@ def write_record(
     """Writes what was done, for programs and for readers.
 
     Args:
-      read: the files of the source; digests of what is not a file stand in its manifest.
+      read: the files of the source, a digest of None being that of one that was read in part;
+        digests of what is not a file stand in its manifest.
       written: the files of weights that were made.
     """
     record = {
@@ -113,8 +114,12 @@ def _card(record: Mapping[str, Any]) -> str:
         if record[key]:
             lines += ["", f"## {title}", "", "| file | bytes | SHA-256 |", "|---|---|---|"]
             lines += [
-                f"| {name} | {entry['size']:,} | `{entry['sha256']}` |"
+                f"| {name} | {entry['size']:,} | {_digest(entry)} |"
                 for name, entry in record[key].items()
             ]
     lines += ["", "`glm5-convert verify` reads it again and compares."]
     return "\n".join(lines) + "\n"
+
+
+def _digest(entry: Mapping[str, Any]) -> str:
+    return f"`{entry['sha256']}`" if entry["sha256"] else "read in part"

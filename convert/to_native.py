@@ -24,61 +24,49 @@ from convert.conversion import (
 from convert.finite import num_not_finite
 from convert.native_layout import layout_json, native_json, native_layout, num_bytes, places
 from convert.pipeline import Pipeline
+from convert.portions import Portion, portions
 from convert.record import entries_of, write_record
 from convert.shards import do_share
 from convert.workspace import Record, Workspace, open_workspace
 from glm5_jax.atomic import sync
 from glm5_jax.checkpoint import CONFIG_NAME, PARAMS_NAME, write_text_files
-from glm5_jax.chunks import CHUNK_BYTES, Layout
+from glm5_jax.chunks import Layout
 from glm5_jax.console import Advance, notice
 from glm5_jax.errors import InputError
 from glm5_jax.published.families import by_family
 from glm5_jax.published.names import published_tensors
 from glm5_jax.published.safetensors import TensorFile
-from glm5_jax.published.slices import Slice
 from glm5_jax.published.source import PublishedSource
+from glm5_jax.published.subset import WHOLE, Subset
 from glm5_jax.tree_writer import TreeWriter
 
 _KEYS = ("chunks", "not_finite")  # of the record of a shard
 
 
-class _Portion(NamedTuple):
-    """Bytes of a shard that lie together, and the chunk that they become, if they do."""
-
-    offset: int
-    size: int
-    chunk: tuple[str, Slice] | None = None  # of which tensor, and where
-    again: int = 0  # of its first bytes, those that a portion before it has, too
-
-
-def _portions_between(start: int, stop: int) -> Iterator[_Portion]:
-    """Bytes that become nothing."""
-    for offset in range(start, stop, CHUNK_BYTES):
-        yield _Portion(offset, min(CHUNK_BYTES, stop - offset))
-
-
-def outline(directory: Path, float8_as: jax.typing.DTypeLike | None = None) -> Outline:
+def outline(
+    directory: Path, float8_as: jax.typing.DTypeLike | None = None, subset: Subset = WHOLE
+) -> Outline:
     """What `from_published` would do; only headers are read.
 
     Raises:
       InputError: as `from_published`.
     """
-    with _opened(directory, float8_as) as (source, leaves):
+    with _opened(directory, float8_as, subset) as (source, leaves):
         return Outline(
             num_shards=len(source.files()),
             num_tensors=len(list(published_tensors(source.config))),
             num_chunks=sum(math.prod(place.grid) for place in leaves.values()),
-            bytes_read=sum(file.version.size for file in source.files()),
+            bytes_read=sum(map(source.num_bytes, source.files())),
             bytes_written=sum(map(num_bytes, leaves.values())),
         )
 
 
 @contextlib.contextmanager
 def _opened(
-    directory: Path, float8_as: jax.typing.DTypeLike | None
+    directory: Path, float8_as: jax.typing.DTypeLike | None, subset: Subset
 ) -> Iterator[tuple[PublishedSource, dict[str, Layout]]]:
     """A source, and how its weights will be laid out."""
-    with contextlib.closing(PublishedSource(directory)) as source:
+    with contextlib.closing(PublishedSource(directory, subset)) as source:
         report(source)
         yield source, native_layout(source, float8_as)
 
@@ -96,12 +84,14 @@ def from_published(
     destination: Path,
     float8_as: jax.typing.DTypeLike | None = None,
     effort: Effort = DEFAULT_EFFORT,
+    subset: Subset = WHOLE,
 ) -> Converted | None:
     """Converts a published checkpoint to a native one, or goes on with converting it.
 
     Args:
       float8_as: the dtype that float8 weights are multiplied out to; the config's unless given.
         As float8 they are kept, with their scales.
+      subset: the part of the checkpoint to make a model of.
 
     Returns:
       None if other processes have not finished their share yet.
@@ -110,12 +100,13 @@ def from_published(
       InputError: the source is not a whole, sound checkpoint, or the destination exists.
     """
     check_destination(destination, directory)
-    with _opened(directory, float8_as) as (source, leaves):
+    with _opened(directory, float8_as, subset) as (source, leaves):
         plan = {
             "source": str(directory.resolve()),
             "shards": {file.path.name: list(file.version) for file in source.files()},
             "leaves": {leaf: layout_json(place) for leaf, place in leaves.items()},
             "config": source.raw_config,
+            "subset": subset.options(),
         }
         with open_workspace(
             destination, plan, effort.share, keys=_KEYS, restart=effort.restart
@@ -146,7 +137,7 @@ class _Conversion:
         self._writer = None if params.exists() else TreeWriter(params, leaves)
 
     def run(self) -> Converted | None:
-        sizes = {shard: file.version.size for shard, file in self._files.items()}
+        sizes = {shard: self._source.num_bytes(file) for shard, file in self._files.items()}
         written = sum(map(num_bytes, self._leaves.values()))
         growth = written / sum(sizes.values())
         do_share(
@@ -171,23 +162,28 @@ class _Conversion:
         self._source.check_copies()
 
     def _convert(self, shard: str, pipeline: Pipeline, advance: Advance) -> Record:
-        """Reads a shard from start to end and puts the chunks that its tensors become."""
+        """Reads a shard from start to end and puts the chunks that its tensors become.
+
+        There is a digest of a shard that is read whole.
+        """
         file, digest = self._files[shard], hashlib.sha256()
+        whole = self._source.subset == WHOLE
         putting: list[Future[_Put | None]] = []
-        for portion in self._portions(file):
+        for portion in portions(file, self._places, whole=whole):
             memory = self._memory_of(portion)
             pipeline.take(memory)
             data = file.read_bytes(portion.offset, portion.size)
 
             def put(
-                portion: _Portion = portion, data: bytearray = data, memory: int = memory
+                portion: Portion = portion, data: bytearray = data, memory: int = memory
             ) -> _Put | None:
                 done = self._put(file, portion, data)
                 pipeline.give_back(memory)
                 advance(portion.size - portion.again)
                 return done
 
-            digest.update(memoryview(data)[portion.again :])
+            if whole:
+                digest.update(memoryview(data)[portion.again :])
             putting.append(pipeline.submit(put))
             del data, put  # which would hold the bytes until there is memory for the next
         file.require_unchanged()
@@ -200,27 +196,12 @@ class _Conversion:
         return {
             "shard": shard,
             "size": file.version.size,
-            "sha256": digest.hexdigest(),
+            "sha256": digest.hexdigest() if whole else None,
             "not_finite": {name: count for name, count in not_finite.items() if count},
             "chunks": [chunk.entry for chunk in chunks],
         }
 
-    def _portions(self, file: TensorFile) -> Iterator[_Portion]:
-        """A whole file, in the order of its bytes; tensors may share some."""
-        end = 0
-        for portion in sorted(self._chunks_in(file), key=lambda portion: portion.offset):
-            yield from _portions_between(end, portion.offset)
-            yield portion._replace(again=min(max(end - portion.offset, 0), portion.size))
-            end = max(end, portion.offset + portion.size)
-        yield from _portions_between(end, file.version.size)
-
-    def _chunks_in(self, file: TensorFile) -> Iterator[_Portion]:
-        for name in file.tensors:
-            if place := self._places.get(name):  # else a scale that is not kept, or a copy
-                for part in place.slices:
-                    yield _Portion(*file.span(name, part.start, part.stop), (name, part))
-
-    def _memory_of(self, portion: _Portion) -> int:
+    def _memory_of(self, portion: Portion) -> int:
         """What a portion takes from when it is read until its chunk is on the disk."""
         if portion.chunk is None:
             return portion.size
@@ -228,7 +209,7 @@ class _Conversion:
         made = math.prod(part.chunk_shape) * self._places[name].dtype.itemsize
         return portion.size + (0 if made == portion.size else made)
 
-    def _put(self, file: TensorFile, portion: _Portion, data: bytearray) -> "_Put | None":
+    def _put(self, file: TensorFile, portion: Portion, data: bytearray) -> "_Put | None":
         if portion.chunk is None:
             return None
         name, part = portion.chunk
@@ -270,7 +251,9 @@ class _Conversion:
                 self._writer.has_put(leaf, tuple(position), digest)
         content, origin = self._workspace.content, self._source.directory
         read = entries_of(records)
-        options = {"float8 as": jnp.dtype(self._float8_as).name} if self._float8_as else {}
+        options = self._source.subset.options()
+        if self._float8_as:
+            options["float8 as"] = jnp.dtype(self._float8_as).name
         write_record(content, "from-hf", origin, options, read=read, written={})
         copy_along(origin, content)
         write_text_files(content, native_json(self._source, self._leaves), origin)

@@ -21,6 +21,7 @@ from glm5_jax.errors import InputError
 from glm5_jax.published.families import by_family
 from glm5_jax.published.native import NativeSource
 from glm5_jax.published.source import Stored
+from glm5_jax.published.subset import WHOLE, Subset
 
 _READ_BYTES = 2**24
 Item = TypeVar("Item")
@@ -45,6 +46,7 @@ def verify(
     sample: float = 1.0,
     seed: int = 0,
     effort: Effort = DEFAULT_EFFORT,
+    subset: Subset = WHOLE,
 ) -> Verified:
     """Reads a checkpoint again.
 
@@ -55,17 +57,22 @@ def verify(
       against: what it was made of: tensors must have the values of that one's, in their own dtype.
       sample: the share of portions, or files, to look at.
       seed: of which these are.
+      subset: the part of `against` that it was made of.
 
     Raises:
       InputError: it is damaged, or not what it was made of; every fault is named. Or there is
         nothing to compare it with.
     """
+    if against is None and subset != WHOLE:
+        raise InputError(
+            "--layers and --experts say what part of SRC it is, expected --against SRC"
+        )
     rng = random.Random(seed)
     with contextlib.ExitStack() as stack:
         made = stack.enter_context(contextlib.closing(open_source(directory)))
         origin: Source | None = None
         if against is not None:
-            origin = stack.enter_context(contextlib.closing(open_source(against)))
+            origin = stack.enter_context(contextlib.closing(open_source(against, subset)))
         files = None if isinstance(made, NativeSource) else written_files(directory)
         if files is None and origin is None and not isinstance(made, NativeSource):
             raise InputError(

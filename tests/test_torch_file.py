@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from convert import to_native
+from convert import portions
 from convert.__main__ import main
 from glm5_jax import chunks
 from glm5_jax.errors import InputError
@@ -86,7 +86,7 @@ def test_float8_and_fused_experts_are_read_from_files_of_torch(tmp_path):
 @pytest.mark.parametrize("chunk_bytes", [1000, 2**25])
 def test_tensors_that_share_bytes_are_read_and_digested_once(tmp_path, monkeypatch, chunk_bytes):
     monkeypatch.setattr(chunks, "CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr(to_native, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(portions, "CHUNK_BYTES", chunk_bytes)
     weights = random_weights(TINY)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     plain = write_published(

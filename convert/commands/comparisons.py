@@ -4,7 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from convert.arguments import add_bounds, effort_of, portion, require_directory
+from convert.arguments import (
+    add_bounds,
+    add_subset,
+    effort_of,
+    portion,
+    require_directory,
+    subset_of,
+)
 from glm5_jax.commands.arguments import integer
 from glm5_jax.console import add_command
 
@@ -38,6 +45,7 @@ def add(commands: Any) -> None:
     )
     command.add_argument("directory", type=Path, metavar="DST", help="of either layout")
     command.add_argument("--against", type=Path, metavar="SRC", help="what it was made of")
+    add_subset(command)
     command.add_argument(
         "--sample",
         type=portion,
@@ -89,7 +97,8 @@ def _verify(args: argparse.Namespace) -> int:
 
     for path in filter(None, (args.directory, args.against)):
         require_directory(path)
-    found = verify(args.directory, args.against, args.sample, args.seed, effort_of(args))
+    effort, subset = effort_of(args), subset_of(args)
+    found = verify(args.directory, args.against, args.sample, args.seed, effort, subset)
     tensors = f"{found.num_tensors} tensors" if found.num_tensors else ""
     files = f"{found.num_files} files" if found.num_files else ""
     looked = " and ".join(filter(None, (tensors, files)))

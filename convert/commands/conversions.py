@@ -5,7 +5,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.arguments import add_effort, effort_of, require_directory, size
+from convert.arguments import (
+    add_effort,
+    add_subset,
+    effort_of,
+    require_directory,
+    size,
+    subset_of,
+)
 from glm5_jax.console import add_command
 from glm5_jax.errors import InputError
 from glm5_jax.processes import one_program
@@ -28,7 +35,8 @@ def add(commands: Any) -> None:
         _from_hf,
         "Convert a published checkpoint to a native one.\n\n"
         "Tensors keep their dtypes, and converting back gives the same bytes. Float8 weights are\n"
-        "multiplied by their scales, unless they are to be kept.\n\n" + _GOES_ON,
+        "multiplied by their scales, unless they are to be kept. With --layers and --experts, a\n"
+        "small model is made of a part of a large one; only that is read.\n\n" + _GOES_ON,
     )
     command.add_argument("source", type=Path, metavar="SRC", help="published directory")
     command.add_argument("destination", type=Path, metavar="DST", help="must not exist")
@@ -43,6 +51,7 @@ def add(commands: Any) -> None:
         action="store_true",
         help="make nothing of weights some of which are NaN or infinite, which are named anyway",
     )
+    add_subset(command)
     add_effort(command)
     command = add_command(
         commands,
@@ -89,10 +98,10 @@ def _from_hf(args: argparse.Namespace) -> int:
     float8_as = FLOAT8.kind if args.float8_as == "float8" else args.float8_as
     if args.plan:
         check_destination(args.destination, args.source)
-        return _print_plan(args, outline(args.source, float8_as))
+        return _print_plan(args, outline(args.source, float8_as, subset_of(args)))
 
     def make(effort: "Effort") -> "Converted | None":
-        return from_published(args.source, args.destination, float8_as, effort)
+        return from_published(args.source, args.destination, float8_as, effort, subset_of(args))
 
     return _make(args, make)
 
