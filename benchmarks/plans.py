@@ -13,14 +13,14 @@ from typing import Any
 from benchmarks.commands import NAMES
 from benchmarks.output import write_results
 
-_PLANS = (
+_PLANS: tuple[tuple[str, ...], ...] = (
     ("glm5_jax", "glm-5", "--topology", "v6e:16x16", "--job", "decode"),
     ("glm5_jax", "glm-5.2", "--topology", "v5p:8x8x8", "--job", "prefill", "--context", "131072"),
     ("glm5_jax", "glm-5", "--topology", "v5p:8x8x16", "--job", "train"),
     ("train", "single-h200", "--topology", "h200:1"),
     ("train", "v5p-64", "--topology", "v5p:4x4x2"),
 )
-_FEW_BITS = (
+_FEW_BITS: tuple[tuple[str, ...], ...] = (
     ("glm5_jax", "glm-5", "--topology", "v6e:4x8", "--batch", "32", "--weights", "float8"),
     ("glm5_jax", "glm-5", "--topology", "v6e:4x8", "--batch", "32", "--weights", "int8"),
     ("glm5_jax", "glm-5", "--topology", "v5p:2x2x2", "--batch", "32", "--weights", "int4"),
