@@ -100,7 +100,7 @@ class TreeWriter:
             with self._noting:
                 paths, self._unflushed = self._unflushed, []
             try:
-                for path in paths:
+                for path in (*paths, *{path.parent for path in paths}):
                     sync(path)
             except OSError as error:
                 self._failure = error
@@ -135,6 +135,8 @@ class TreeWriter:
         manifest["beside"] = {name: file_digest(self._directory.parent / name) for name in beside}
         (self._staging / MANIFEST_NAME).write_text(json.dumps(manifest))
         shutil.rmtree(self._unfinished)  # with what a writer that was killed has left there
+        for path in self._staging.glob("*/*.__lock"):  # and what TensorStore has
+            path.unlink()
         for path in self._staging.iterdir():
             sync(path)
         sync(self._staging)

@@ -473,6 +473,15 @@ def test_a_folder_that_exists_is_no_destination(source, tmp_path, capsys, monkey
             assert "exists already" in capsys.readouterr().err
 
 
+def test_locks_of_a_process_that_was_killed_are_no_part_of_it(
+    source, native, whole, tmp_path, monkeypatch
+):
+    begin("from-hf", source, native, tmp_path / "x", monkeypatch)
+    (workspace(tmp_path / "x") / "content/params.staging/head/.zarray.__lock").touch()
+    assert main(command("from-hf", source, native, tmp_path / "x")) == 0
+    assert contents(tmp_path / "x") == contents(whole["from-hf"])
+
+
 def test_one_process_can_end_what_others_began(source, native, whole, tmp_path, capsys):
     for number in (0, 2):
         arguments = command("from-hf", source, native, tmp_path / "x", "--process", f"{number}/3")
