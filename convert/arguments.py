@@ -16,8 +16,26 @@ if TYPE_CHECKING:
     from convert.conversion import Effort
     from convert.workspace import Share
     from glm5_jax.published.subset import Subset
+    from glm5_jax.remote import AnyPath
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def source(text: str) -> "AnyPath":
+    """A directory to read: a path, or a URL."""
+    from glm5_jax.remote import any_path
+
+    try:
+        return any_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def on_disk(text: str) -> Path:
+    """A path on this machine."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"is {text!r:.80}, expected a path, and no URL")
+    return Path(text)
 
 
 def portion(text: str) -> float:
@@ -63,9 +81,11 @@ def setting(text: str) -> tuple[str, object]:
     raise argparse.ArgumentTypeError(f"is {text!r:.80}, expected KEY=VALUE, VALUE in JSON")
 
 
-def require_directory(path: Path) -> None:
+def require_directory(path: "AnyPath") -> None:
     """Raises `InputError` if there is no such directory."""
-    if not path.is_dir():
+    if not isinstance(path, Path):
+        path.require_directory()
+    elif not path.is_dir():
         raise InputError(f"{path}: is not a directory, expected one with a checkpoint")
 
 

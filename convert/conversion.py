@@ -14,6 +14,7 @@ from glm5_jax.console import notice
 from glm5_jax.errors import InputError
 from glm5_jax.published.native import NativeSource
 from glm5_jax.published.source import PublishedSource
+from glm5_jax.remote import AnyPath
 
 
 def quarter_of_memory() -> int:
@@ -78,18 +79,18 @@ class Converted(NamedTuple):
     num_bytes: int  # as written
 
 
-def check_destination(destination: Path, source: Path) -> None:
+def check_destination(destination: Path, source: AnyPath) -> None:
     """Raises `InputError` if a checkpoint cannot be put there."""
     refuse_finished(destination)
     if source.resolve() in destination.resolve().parents:
         raise InputError(f"{destination}: lies within {source}, expected a place outside it")
 
 
-def copy_along(source: Path, content: Path) -> None:
+def copy_along(source: AnyPath, content: Path) -> None:
     """Copies what is written about a model for people."""
     for name in ("README.md", "LICENSE"):
         if (source / name).is_file():
-            shutil.copyfile(source / name, content / name)
+            (content / name).write_bytes((source / name).read_bytes())
 
 
 def report(source: NativeSource | PublishedSource) -> None:

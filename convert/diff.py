@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from glm5_jax.published.families import by_family
 from glm5_jax.published.native import NativeSource
 from glm5_jax.published.source import PublishedSource
 from glm5_jax.published.subset import WHOLE, Subset
+from glm5_jax.remote import AnyPath, RemotePath
 
 Source = NativeSource | PublishedSource
 
@@ -47,23 +47,25 @@ class Comparison(NamedTuple):
             yield f"{subject}: {what}" + (f" by up to {distance:.3g}" if distance else "")
 
 
-def open_source(directory: Path, subset: Subset = WHOLE) -> Source:
+def open_source(directory: AnyPath, subset: Subset = WHOLE) -> Source:
     """Opens a checkpoint of either layout.
 
     Args:
       subset: the part that is looked at, of a published one.
 
     Raises:
-      InputError: it is not a whole, sound checkpoint.
+      InputError: it is not a whole, sound checkpoint, or a native one that is not on this machine.
     """
     if not is_native(directory):
         return PublishedSource(directory, subset)
     if subset != WHOLE:
         raise InputError(f"{directory}: is native, expected a published one to take a part of")
+    if isinstance(directory, RemotePath):
+        raise InputError(f"{directory}: is a native checkpoint, which is read from a disk only")
     return NativeSource(directory)
 
 
-def compare(first: Path, second: Path) -> Comparison:
+def compare(first: AnyPath, second: AnyPath) -> Comparison:
     """Compares configs, and the tensors' names, shapes, dtypes and values.
 
     Float8 counts as what its scales multiply it to, in the dtype that the other checkpoint has.

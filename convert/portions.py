@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from convert.native_layout import Place
 from glm5_jax.chunks import CHUNK_BYTES
-from glm5_jax.published.safetensors import TensorFile
 from glm5_jax.published.slices import Slice
+from glm5_jax.published.tensor_file import TensorFile
 
 
 class Portion(NamedTuple):

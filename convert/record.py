@@ -8,6 +8,7 @@ from typing import Any
 
 from glm5_jax.errors import InputError
 from glm5_jax.findings import installed_versions
+from glm5_jax.remote import AnyPath, RemotePath
 from glm5_jax.strict_json import read_json
 from glm5_jax.tree_store import file_digest
 
@@ -21,7 +22,7 @@ Files = Mapping[str, Mapping[str, Any]]  # name -> size and sha256
 def write_record(
     directory: Path,
     command: str,
-    source: Path,
+    source: AnyPath,
     options: Mapping[str, Any],
     *,
     read: Files,
@@ -37,7 +38,7 @@ def write_record(
     record = {
         "format": _FORMAT,
         "command": command,
-        "source": source.resolve().name,
+        "source": str(source) if isinstance(source, RemotePath) else source.resolve().name,
         "revision": revision(source),
         "options": options,
         "versions": installed_versions(),
@@ -63,8 +64,10 @@ def entry_of(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": file_digest(path)}
 
 
-def revision(source: Path) -> str | None:
-    """The revision of a model in the Hugging Face cache: `snapshots/REVISION`."""
+def revision(source: AnyPath) -> str | None:
+    """The revision of a model: `hf://...@REVISION`, or `snapshots/REVISION` in the cache."""
+    if isinstance(source, RemotePath):
+        return source.revision
     path = source.resolve()
     return path.name if path.parent.name == "snapshots" else None
 

@@ -35,16 +35,18 @@ from glm5_jax.console import Advance, notice
 from glm5_jax.errors import InputError
 from glm5_jax.published.families import by_family
 from glm5_jax.published.names import published_tensors
-from glm5_jax.published.safetensors import TensorFile
 from glm5_jax.published.source import PublishedSource
+from glm5_jax.published.storage import Data
 from glm5_jax.published.subset import WHOLE, Subset
+from glm5_jax.published.tensor_file import TensorFile
+from glm5_jax.remote import AnyPath
 from glm5_jax.tree_writer import TreeWriter
 
 _KEYS = ("chunks", "not_finite")  # of the record of a shard
 
 
 def outline(
-    directory: Path, float8_as: jax.typing.DTypeLike | None = None, subset: Subset = WHOLE
+    directory: AnyPath, float8_as: jax.typing.DTypeLike | None = None, subset: Subset = WHOLE
 ) -> Outline:
     """What `from_published` would do; only headers are read.
 
@@ -63,7 +65,7 @@ def outline(
 
 @contextlib.contextmanager
 def _opened(
-    directory: Path, float8_as: jax.typing.DTypeLike | None, subset: Subset
+    directory: AnyPath, float8_as: jax.typing.DTypeLike | None, subset: Subset
 ) -> Iterator[tuple[PublishedSource, dict[str, Layout]]]:
     """A source, and how its weights will be laid out."""
     with contextlib.closing(PublishedSource(directory, subset)) as source:
@@ -80,7 +82,7 @@ class _Put(NamedTuple):
 
 
 def from_published(
-    directory: Path,
+    directory: AnyPath,
     destination: Path,
     float8_as: jax.typing.DTypeLike | None = None,
     effort: Effort = DEFAULT_EFFORT,
@@ -170,12 +172,13 @@ class _Conversion:
         whole = self._source.subset == WHOLE
         putting: list[Future[_Put | None]] = []
         for portion in portions(file, self._places, whole=whole):
-            memory = self._memory_of(portion)
-            pipeline.take(memory)
+            memory, spare = self._memory_of(portion), file.spare(portion.size)
+            pipeline.take(memory + spare)
             data = file.read_bytes(portion.offset, portion.size)
+            pipeline.give_back(spare)
 
             def put(
-                portion: Portion = portion, data: bytearray = data, memory: int = memory
+                portion: Portion = portion, data: Data = data, memory: int = memory
             ) -> _Put | None:
                 done = self._put(file, portion, data)
                 pipeline.give_back(memory)
@@ -209,7 +212,7 @@ class _Conversion:
         made = math.prod(part.chunk_shape) * self._places[name].dtype.itemsize
         return portion.size + (0 if made == portion.size else made)
 
-    def _put(self, file: TensorFile, portion: Portion, data: bytearray) -> "_Put | None":
+    def _put(self, file: TensorFile, portion: Portion, data: Data) -> "_Put | None":
         if portion.chunk is None:
             return None
         name, part = portion.chunk

@@ -22,6 +22,7 @@ from glm5_jax.published.families import by_family
 from glm5_jax.published.native import NativeSource
 from glm5_jax.published.source import Stored
 from glm5_jax.published.subset import WHOLE, Subset
+from glm5_jax.remote import AnyPath
 
 _READ_BYTES = 2**24
 Item = TypeVar("Item")
@@ -42,7 +43,7 @@ class _Fault(NamedTuple):
 
 def verify(
     directory: Path,
-    against: Path | None = None,
+    against: AnyPath | None = None,
     sample: float = 1.0,
     seed: int = 0,
     effort: Effort = DEFAULT_EFFORT,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from glm5_jax.published.files import INDEX_NAME, SINGLE_NAME
-from glm5_jax.published.safetensors import DTYPES
+from glm5_jax.published.tensor_file import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -1,7 +1,6 @@
 """Native checkpoints: a directory with `config.json`, tokenizer files and the weights' tree."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from glm5_jax.processes import on_first
 from glm5_jax.published.names import num_stacked_axes
 from glm5_jax.quantization import SCHEMES, VALUES, stored_scheme
 from glm5_jax.quantized import Quantized, is_quantized
+from glm5_jax.remote import AnyPath
 from glm5_jax.sharding import Partition, keeping
 from glm5_jax.tree_store import TreeReader
 from glm5_jax.tree_writer import write_tree
@@ -36,7 +36,7 @@ TEXT_FILES = (
 )
 
 
-def is_native(directory: Path) -> bool:
+def is_native(directory: AnyPath) -> bool:
     """Whether a directory holds a native checkpoint."""
     return (directory / PARAMS_NAME).is_dir()
 
@@ -65,13 +65,13 @@ def params_layout(
 
 
 def write_text_files(
-    directory: Path, config_json: Mapping[str, Any], text_from: Path | None
+    directory: Path, config_json: Mapping[str, Any], text_from: AnyPath | None
 ) -> None:
     """Writes `config.json` and copies the tokenizer files there are."""
     (directory / CONFIG_NAME).write_text(json.dumps(config_json, indent=2) + "\n")
     for name in TEXT_FILES:
         if text_from is not None and (text_from / name).exists():
-            shutil.copyfile(text_from / name, directory / name)
+            (directory / name).write_bytes((text_from / name).read_bytes())
 
 
 def save_checkpoint(destination: Path, model: Glm5, text_from: Path | None = None) -> None:

@@ -5,7 +5,6 @@ change it are listed once for the reader.
 """
 
 import operator
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from glm5_jax.config import Config, IndexerConfig, MlaConfig, MoeConfig
@@ -13,6 +12,7 @@ from glm5_jax.config_keys import LARGEST_SIZE, REQUIRED, Keys
 from glm5_jax.errors import InputError
 from glm5_jax.layers import LayerKind
 from glm5_jax.published.fp8 import BLOCK
+from glm5_jax.remote import AnyPath
 from glm5_jax.strict_json import read_json
 
 # No model of this family comes near; more is a damaged file.
@@ -233,7 +233,7 @@ def parse_config(raw: dict[str, Any]) -> PublishedConfig:
     return PublishedConfig(config, raw, unknown)
 
 
-def read_config(path: Path) -> PublishedConfig:
+def read_config(path: AnyPath) -> PublishedConfig:
     """Reads a `config.json`.
 
     Raises:

@@ -8,3 +8,7 @@ class InputError(ValueError):
     and exit with status 2; every other exception is a defect of this package and keeps its
     traceback.
     """
+
+
+class Missing(InputError):
+    """There is nothing under a name that something was expected under."""

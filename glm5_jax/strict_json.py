@@ -2,10 +2,10 @@
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 from glm5_jax.errors import InputError
+from glm5_jax.remote import AnyPath
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def _number(text: str) -> float:
     return value
 
 
-def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
+def parse_json(text: str | bytes | memoryview, where: str) -> dict[str, Any]:
     """Parses a JSON object; `where` names the source in errors.
 
     Raises:
@@ -32,7 +32,10 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(
-            text, object_pairs_hook=_object, parse_float=_number, parse_constant=_number
+            str(text, "utf-8") if isinstance(text, memoryview) else text,
+            object_pairs_hook=_object,
+            parse_float=_number,
+            parse_constant=_number,
         )
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
@@ -43,7 +46,7 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: AnyPath) -> dict[str, Any]:
     """Reads a JSON object from a file; raises `InputError` as `parse_json` does."""
     try:
         text = path.read_bytes()

@@ -15,7 +15,17 @@ FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob(
 
 # From the bottom up: a file imports only from the lines before its own, or its own.
 ORDER = [
-    ["errors", "strict_json", "layers", "console", "atomic", "chunks", "config_keys", "bits"],
+    [
+        "errors",
+        "remote",
+        "strict_json",
+        "layers",
+        "console",
+        "atomic",
+        "chunks",
+        "config_keys",
+        "bits",
+    ],
     ["rendezvous", "cluster", "coordination", "processes", "findings", "models", "quantized"],
     ["plan.chips", "plan.costs", "plan.tally"],
     ["collectives"],
@@ -31,7 +41,8 @@ ORDER = [
     ["block"],
     ["segment", "mtp"],
     ["model"],
-    ["tree_store", "published.header", "published.names"],
+    ["tree_store", "published.header", "published.names", "published.storage"],
+    ["published.tensor_file"],
     ["tree_writer", "published.safetensors", "published.torch_file", "quantization"],
     ["published.exports", "published.subset"],
     ["checkpoint", "published.files", "published.check", "published.slices"],
@@ -86,7 +97,7 @@ def test_the_model_is_built_from_the_bottom_up(path):
 def test_everything_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    optional = ("serve", "train", "parquet", "eval", "tensorboard", "wandb", "torch")
+    optional = ("serve", "train", "parquet", "eval", "tensorboard", "wandb", "torch", "http")
     own = [line for name in optional for line in extras[name]]
     declared = [*project["dependencies"], *own, *requires("flax")]
     names = {re.split(r"[^\w-]", line)[0].lower().replace("-", "_") for line in declared}

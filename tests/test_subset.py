@@ -15,7 +15,7 @@ from glm5_jax.model import Glm5, forward, logits, predict_ahead
 from glm5_jax.params import count_params, leaves_by_path
 from glm5_jax.places import Places
 from glm5_jax.presets import load_preset
-from glm5_jax.published.safetensors import TensorFile
+from glm5_jax.published.tensor_file import TensorFile
 from tests.test_exports import BLOCKS, fused
 from tests.tiny import (
     GROUPED,
@@ -292,7 +292,8 @@ def test_only_what_is_needed_is_read_and_need_be_there(tmp_path, capsys, by_laye
     read = []
 
     def read_bytes(self, offset, count, original=TensorFile.read_bytes):
-        read.append(count)
+        if offset:  # beside headers
+            read.append(count)
         return original(self, offset, count)
 
     with monkeypatch.context() as patched:

@@ -1,19 +1,22 @@
 """`check`, `diff` and `verify`, which read checkpoints and change nothing."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from convert.arguments import (
     add_bounds,
     add_subset,
     effort_of,
+    on_disk,
     portion,
     require_directory,
+    source,
     subset_of,
 )
 from glm5_jax.commands.arguments import integer
 from glm5_jax.console import add_command
+
+_EITHER = "checkpoint of either layout; a published one may be a URL"
 
 
 def add(commands: Any) -> None:
@@ -25,7 +28,7 @@ def add(commands: Any) -> None:
         "Compare a checkpoint's names, shapes and dtypes with its config.\n\n"
         "Only headers are read.",
     )
-    command.add_argument("source", type=Path, metavar="SRC", help="checkpoint of either layout")
+    command.add_argument("source", type=source, metavar="SRC", help=_EITHER)
     command = add_command(
         commands,
         "diff",
@@ -33,8 +36,8 @@ def add(commands: Any) -> None:
         "Compare two checkpoints tensor by tensor, in either layout.\n\n"
         "The exit status is 0 if they are equal and 1 if they differ.",
     )
-    command.add_argument("first", type=Path, metavar="A", help="checkpoint of either layout")
-    command.add_argument("second", type=Path, metavar="B", help="another")
+    command.add_argument("first", type=source, metavar="A", help=_EITHER)
+    command.add_argument("second", type=source, metavar="B", help="another")
     command = add_command(
         commands,
         "verify",
@@ -43,8 +46,8 @@ def add(commands: Any) -> None:
         "Every chunk of a native one, and every file of one that to-hf made, is compared with its\n"
         "SHA-256; with --against, every value with the checkpoint that it was made of.",
     )
-    command.add_argument("directory", type=Path, metavar="DST", help="of either layout")
-    command.add_argument("--against", type=Path, metavar="SRC", help="what it was made of")
+    command.add_argument("directory", type=on_disk, metavar="DST", help="of either layout")
+    command.add_argument("--against", type=source, metavar="SRC", help="what it was made of")
     add_subset(command)
     command.add_argument(
         "--sample",
@@ -64,16 +67,16 @@ def _check(args: argparse.Namespace) -> int:
     from convert.diff import open_source
 
     require_directory(args.source)
-    source = open_source(args.source)
-    report(source)
-    tensors = source.tensors()
-    dtypes = sorted({source.kind(name) for name in tensors})
-    layers, mtp = source.config.num_layers, source.config.num_mtp_layers
+    opened = open_source(args.source)
+    report(opened)
+    tensors = opened.tensors()
+    dtypes = sorted({opened.kind(name) for name in tensors})
+    layers, mtp = opened.config.num_layers, opened.config.num_mtp_layers
     print(
         f"{args.source}: {len(tensors)} tensors as expected, of {', '.join(dtypes)}; "
         f"{layers} layers and {mtp} for multi-token prediction"
     )
-    source.close()
+    opened.close()
     return 0
 
 

@@ -9,8 +9,10 @@ from convert.arguments import (
     add_effort,
     add_subset,
     effort_of,
+    on_disk,
     require_directory,
     size,
+    source,
     subset_of,
 )
 from glm5_jax.console import add_command
@@ -38,8 +40,14 @@ def add(commands: Any) -> None:
         "multiplied by their scales, unless they are to be kept. With --layers and --experts, a\n"
         "small model is made of a part of a large one; only that is read.\n\n" + _GOES_ON,
     )
-    command.add_argument("source", type=Path, metavar="SRC", help="published directory")
-    command.add_argument("destination", type=Path, metavar="DST", help="must not exist")
+    command.add_argument(
+        "source",
+        type=source,
+        metavar="SRC",
+        help="published directory, or the URL of one: gs://, s3://, hf://OWNER/MODEL@REVISION, "
+        "https://; it is read in parts, and no copy is made of it",
+    )
+    command.add_argument("destination", type=on_disk, metavar="DST", help="must not exist")
     command.add_argument(
         "--float8-as",
         choices=["float8", "bfloat16", "float32"],
@@ -59,8 +67,8 @@ def add(commands: Any) -> None:
         _to_hf,
         "Convert a native checkpoint to the published layout.\n\n" + _GOES_ON,
     )
-    command.add_argument("source", type=Path, metavar="SRC", help="native checkpoint")
-    command.add_argument("destination", type=Path, metavar="DST", help="must not exist")
+    command.add_argument("source", type=on_disk, metavar="SRC", help="native checkpoint")
+    command.add_argument("destination", type=on_disk, metavar="DST", help="must not exist")
     command.add_argument(
         "--shard-size", type=size, default="5GB", metavar="SIZE", help="largest file"
     )
@@ -80,8 +88,8 @@ def add(commands: Any) -> None:
         "and routers stay as they are. The model computes from them as they lie in memory; the\n"
         "error that rounding makes is told of every kind of tensor.\n\n" + _GOES_ON,
     )
-    command.add_argument("source", type=Path, metavar="SRC", help="native checkpoint")
-    command.add_argument("destination", type=Path, metavar="DST", help="must not exist")
+    command.add_argument("source", type=on_disk, metavar="SRC", help="native checkpoint")
+    command.add_argument("destination", type=on_disk, metavar="DST", help="must not exist")
     command.add_argument("--to", choices=["float8", "int8", "int4"], required=True)
     add_effort(command)
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from convert.arguments import setting, size
+from convert.arguments import on_disk, setting, size
 from glm5_jax.console import add_command
 
 
@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
         "Its names, shapes, dtypes and files are those of a published one: converting it shows\n"
         "what time, memory and disk a conversion takes.",
     )
-    command.add_argument("destination", type=Path, metavar="DST", help="must not exist")
+    command.add_argument("destination", type=on_disk, metavar="DST", help="must not exist")
     command.add_argument(
         "--config", default="glm-5", metavar="PRESET", help="a preset, or a config.json"
     )

@@ -7,7 +7,7 @@ from glm5_jax.published.families import by_family
 from glm5_jax.published.fp8 import SCALE_SUFFIX, scale_shape
 from glm5_jax.published.header import TensorInfo
 from glm5_jax.published.names import PublishedTensor, published_tensors
-from glm5_jax.published.safetensors import DTYPES, FLOAT8
+from glm5_jax.published.tensor_file import DTYPES, FLOAT8
 
 
 def tensor_problems(

@@ -7,7 +7,6 @@ after the other.
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from glm5_jax.config import Config
 from glm5_jax.console import notice
@@ -15,6 +14,7 @@ from glm5_jax.errors import InputError
 from glm5_jax.published.families import by_family
 from glm5_jax.published.fp8 import BLOCK, scale_shape
 from glm5_jax.published.header import TensorInfo
+from glm5_jax.remote import AnyPath
 
 Headers = Mapping[str, Mapping[str, TensorInfo]]  # name of a file -> its tensors
 
@@ -27,7 +27,7 @@ _PARTS = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 
 
 def as_published(
-    directory: Path, headers: Headers, config: Config
+    directory: AnyPath, headers: Headers, config: Config
 ) -> dict[str, dict[str, TensorInfo]]:
     """The tensors of files under their published names.
 
@@ -55,7 +55,7 @@ def as_published(
     return found
 
 
-def _without_prefix(directory: Path, headers: Headers) -> Headers:
+def _without_prefix(directory: AnyPath, headers: Headers) -> Headers:
     """Names as they were published, if all of them begin in one other way."""
     inner, head = (
         _beginnings(directory, pattern, (name for tensors in headers.values() for name in tensors))
@@ -82,7 +82,7 @@ def _without_prefix(directory: Path, headers: Headers) -> Headers:
     }
 
 
-def _beginnings(directory: Path, pattern: re.Pattern[str], names: Iterable[str]) -> str | None:
+def _beginnings(directory: AnyPath, pattern: re.Pattern[str], names: Iterable[str]) -> str | None:
     """What precedes a pattern in all names that have it; None if none has.
 
     Raises:

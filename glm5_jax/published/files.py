@@ -3,17 +3,21 @@
 import os
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from glm5_jax.errors import InputError
+from glm5_jax.errors import InputError, Missing
 from glm5_jax.published.families import by_family
-from glm5_jax.published.safetensors import SafetensorsFile, TensorFile
+from glm5_jax.published.safetensors import SafetensorsFile
+from glm5_jax.published.storage import Opener, open_storage
+from glm5_jax.published.tensor_file import TensorFile
 from glm5_jax.published.torch_file import TorchFile
+from glm5_jax.remote import AnyPath, RemotePath
 from glm5_jax.strict_json import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_AT_A_TIME = 16  # files that are opened, which takes time over a network
 
 
 class _Kind(NamedTuple):
@@ -22,7 +26,7 @@ class _Kind(NamedTuple):
     index_name: str  # the file that says which other one holds which tensor
     single_name: str  # the file there is where there is no index
     suffixes: tuple[str, ...]
-    open: Callable[[Path], TensorFile]
+    open: Callable[[AnyPath, Opener], TensorFile]
 
 
 _SAFETENSORS = _Kind(INDEX_NAME, SINGLE_NAME, (".safetensors",), SafetensorsFile)
@@ -32,7 +36,9 @@ _TORCH = _Kind(
 
 
 def open_files(
-    directory: Path, wanted: Callable[[str], bool] = lambda name: True
+    directory: AnyPath,
+    wanted: Callable[[str], bool] = lambda name: True,
+    opener: Opener = open_storage,
 ) -> list[TensorFile]:
     """Opens the files of a published directory; of safetensors, if it has them.
 
@@ -53,19 +59,21 @@ def open_files(
         used = {file for tensor, file in listed.items() if wanted(tensor)}
         listed = {tensor: file for tensor, file in listed.items() if file in used}
         names = sorted(used)
-    missing = [name for name in names if not (directory / name).exists()]
-    if missing:
-        raise InputError(f"{directory}: {', '.join(missing)} missing, named by {kind.index_name}")
 
-    opened: list[TensorFile] = []
+    def attempt(name: str) -> TensorFile | InputError:
+        try:
+            return kind.open(_inside(directory, name), opener)
+        except InputError as error:
+            return error
+
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        found = dict(zip(names, pool.map(attempt, names), strict=True))
+    opened = [file for file in found.values() if isinstance(file, TensorFile)]
     try:
-        faults = []
-        for name in names:
-            try:
-                opened.append(kind.open(_inside(directory, name)))
-            except InputError as error:
-                faults.append(str(error))
-        if faults:
+        if missing := [name for name in names if isinstance(found[name], Missing)]:
+            said = f"{', '.join(missing)} missing, named by {kind.index_name}"
+            raise InputError(f"{directory}: {said}")
+        if faults := [str(error) for error in found.values() if isinstance(error, InputError)]:
             raise InputError("; ".join(faults))
         if listed is not None:
             _compare(index_path, listed, opened)
@@ -76,7 +84,7 @@ def open_files(
     return opened
 
 
-def _find(directory: Path) -> tuple[_Kind, str]:
+def _find(directory: AnyPath) -> tuple[_Kind, str]:
     """The format of the files, and the name of the only one if there is no index."""
     for kind in (_SAFETENSORS, _TORCH):
         if (directory / kind.index_name).exists():
@@ -90,7 +98,7 @@ def _find(directory: Path) -> tuple[_Kind, str]:
     raise InputError(f"{directory}: has neither {SINGLE_NAME} nor {INDEX_NAME}{hint}")
 
 
-def _read_index(path: Path, kind: _Kind) -> dict[str, str]:
+def _read_index(path: AnyPath, kind: _Kind) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path}: weight_map is missing or not an object")
@@ -116,13 +124,15 @@ def _is_plain(name: Any, kind: _Kind) -> bool:
     )
 
 
-def _inside(directory: Path, name: str) -> Path:
+def _inside(directory: AnyPath, name: str) -> AnyPath:
     """The path of a file, which must not lead out of the directory.
 
     The one link that may is that of the Hugging Face cache: `snapshots/REVISION/NAME` leads to
     `blobs/` beside `snapshots/`.
     """
     path = directory / name
+    if isinstance(path, RemotePath) or isinstance(directory, RemotePath):
+        return path  # has no links
     real, home = path.resolve(), directory.resolve()
     blobs = home.parent.parent / "blobs"
     if home not in real.parents and blobs not in real.parents:
@@ -130,7 +140,7 @@ def _inside(directory: Path, name: str) -> Path:
     return path
 
 
-def _compare(index_path: Path, listed: dict[str, str], files: list[TensorFile]) -> None:
+def _compare(index_path: AnyPath, listed: dict[str, str], files: list[TensorFile]) -> None:
     held = [(name, file.path.name) for file in files for name in file.tensors]
     times = Counter(name for name, _ in held)
     pairs = set(held)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -18,8 +17,10 @@ from glm5_jax.published.families import by_family
 from glm5_jax.published.files import open_files
 from glm5_jax.published.fp8 import BLOCK, SCALE_SUFFIX, dequantize
 from glm5_jax.published.names import MTP_COPIES, layer_prefix
-from glm5_jax.published.safetensors import DTYPES, FLOAT8, TensorFile
+from glm5_jax.published.storage import Opener, open_storage
 from glm5_jax.published.subset import WHOLE, Subset, ranges, subset_config, subset_tensors
+from glm5_jax.published.tensor_file import DTYPES, FLOAT8, TensorFile
+from glm5_jax.remote import AnyPath
 
 
 class Stored(NamedTuple):
@@ -40,7 +41,7 @@ def _first_fault(scales: np.ndarray) -> str | None:
 class PublishedSource:
     """An open published checkpoint."""
 
-    def __init__(self, directory: Path, subset: Subset = WHOLE):
+    def __init__(self, directory: AnyPath, subset: Subset = WHOLE, opener: Opener = open_storage):
         """Opens a directory: reads `config.json` and the headers of the tensor files.
 
         Args:
@@ -58,7 +59,7 @@ class PublishedSource:
         self.raw_config = published.raw
         self.unknown_keys = published.unknown_keys
         self._files: dict[str, TensorFile] = {}
-        self._opened = open_files(directory, subset.wants)
+        self._opened = open_files(directory, subset.wants, opener)
         try:
             self._show_as_published(whole.config)
             self._check()

@@ -9,7 +9,6 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from glm5_jax.config import Config, MoeConfig
@@ -18,6 +17,7 @@ from glm5_jax.console import notice
 from glm5_jax.errors import InputError
 from glm5_jax.published.header import TensorInfo
 from glm5_jax.published.names import BLOCK_NAMES, layer_prefix
+from glm5_jax.remote import AnyPath
 
 _NUMBER = r"(0|[1-9]\d{0,5})"
 _LAYER = re.compile(rf"(?:.*?\.)??layers\.{_NUMBER}\.(.+)")
@@ -65,7 +65,9 @@ def ranges(numbers: Iterable[int]) -> str:
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in lists)
 
 
-def subset_config(directory: Path, published: PublishedConfig, subset: Subset) -> PublishedConfig:
+def subset_config(
+    directory: AnyPath, published: PublishedConfig, subset: Subset
+) -> PublishedConfig:
     """The config of a subset: the source's own keys, but for those that layers or experts change.
 
     Raises:

@@ -5,7 +5,7 @@ whose bytes are those of its tensors. torch reads the pickle, restricted to tens
 `meta` device, and says where storages begin; the archive's own table says whether that can be true.
 """
 
-import os
+import io
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,8 @@ from glm5_jax.console import notice
 from glm5_jax.errors import InputError
 from glm5_jax.published.families import by_family
 from glm5_jax.published.header import LONGEST, TensorInfo
-from glm5_jax.published.safetensors import DTYPES, TensorFile
+from glm5_jax.published.storage import StorageReader
+from glm5_jax.published.tensor_file import DTYPES, TensorFile
 
 _LOCAL_HEADER_BYTES = 30  # before a member's name; its last four say how long that and the rest are
 _NAMES = {dtype.name: name for name, dtype in DTYPES.items()}  # torch's dtypes are called alike
@@ -32,7 +33,7 @@ class TorchFile(TensorFile):
                 f"{self.path}: is not a zip archive, expected one as torch.save makes since torch "
                 "1.6; torch.save(torch.load(file, weights_only=True), file) makes it one"
             )
-        with os.fdopen(os.dup(self._file), "rb") as file:
+        with io.BufferedReader(StorageReader(self._storage)) as file:
             members = self._members(file)
             entries = self._entries(file)
         tensors, faults = {}, []
