@@ -178,6 +178,7 @@ def effort_of(args: argparse.Namespace) -> "Effort":
         bounds,
         share=_share(args),
         restart=args.restart,
+        delete_source_shards=getattr(args, "delete_source_shards", False),
         strict=getattr(args, "strict", False),
     )
 

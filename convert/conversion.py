@@ -30,6 +30,7 @@ class Effort:
     num_threads: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
     share: Share = Share()
     restart: bool = False  # begin anew where a conversion was begun
+    delete_source_shards: bool = False  # each once it is converted
     strict: bool = False  # refuse weights that are NaN or infinite, which are told of otherwise
 
 
@@ -77,6 +78,7 @@ class Converted(NamedTuple):
 
     num_tensors: int
     num_bytes: int  # as written
+    num_deleted: int = 0  # shards of the source
 
 
 def check_destination(destination: Path, source: AnyPath) -> None:

@@ -22,7 +22,9 @@ def do_share(
     work: Work,
     *,
     growth: float = 1.0,
+    freed: float = 0.0,
     prepare: Callable[[], None] = lambda: None,
+    finished: Callable[[str], None] = lambda shard: None,
 ) -> None:
     """Does what this process is to do and has not been done, several shards at a time.
 
@@ -30,7 +32,9 @@ def do_share(
       sizes: of all shards, in bytes, by their names.
       work: does one shard, whose record is written down then; it moves the bar by its bytes.
       growth: bytes that are written for each one of a shard.
+      freed: bytes that the disk has more for each one of a shard, when it is finished.
       prepare: is called first, if there is anything to do.
+      finished: is called with a shard when its record is on the disk.
 
     Raises:
       InputError: the disk is too small for what is left.
@@ -41,7 +45,9 @@ def do_share(
     if num_done:
         notice(f"{num_done} of {len(own)} shards are done already")
     if left:
-        needed = int(growth * sum(sizes[shard] for shard in left))
+        at_a_time = sorted(sizes[shard] for shard in left)[-effort.num_threads :]
+        needed = int(max(growth - freed, 0) * sum(sizes[shard] for shard in left))
+        needed += int(min(growth, freed) * sum(at_a_time))  # before they are freed
         needed -= workspace.bytes_left_over(sizes, growth)  # which is written over
         require_room(workspace.destination, needed)
         prepare()
@@ -61,6 +67,7 @@ def do_share(
         def follow(shard: str) -> Callable[[], None]:
             def do() -> None:
                 workspace.finish(work(shard, pipeline, advance))
+                finished(shard)
                 advance(0, done=next(counted))
 
             return do

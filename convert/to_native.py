@@ -21,6 +21,7 @@ from convert.conversion import (
     copy_along,
     report,
 )
+from convert.deletion import Deletion, check_deletion, opener_for
 from convert.finite import num_not_finite
 from convert.native_layout import layout_json, native_json, native_layout, num_bytes, places
 from convert.pipeline import Pipeline
@@ -36,7 +37,7 @@ from glm5_jax.errors import InputError
 from glm5_jax.published.families import by_family
 from glm5_jax.published.names import published_tensors
 from glm5_jax.published.source import PublishedSource
-from glm5_jax.published.storage import Data
+from glm5_jax.published.storage import Data, Opener
 from glm5_jax.published.subset import WHOLE, Subset
 from glm5_jax.published.tensor_file import TensorFile
 from glm5_jax.remote import AnyPath
@@ -46,14 +47,20 @@ _KEYS = ("chunks", "not_finite")  # of the record of a shard
 
 
 def outline(
-    directory: AnyPath, float8_as: jax.typing.DTypeLike | None = None, subset: Subset = WHOLE
+    directory: AnyPath,
+    destination: Path,
+    float8_as: jax.typing.DTypeLike | None = None,
+    effort: Effort = DEFAULT_EFFORT,
+    subset: Subset = WHOLE,
 ) -> Outline:
     """What `from_published` would do; only headers are read.
 
     Raises:
       InputError: as `from_published`.
     """
-    with _opened(directory, float8_as, subset) as (source, leaves):
+    check_deletion(directory, effort, subset)
+    opener = opener_for(destination, effort)
+    with _opened(directory, float8_as, subset, opener) as (source, leaves):
         return Outline(
             num_shards=len(source.files()),
             num_tensors=len(list(published_tensors(source.config))),
@@ -65,10 +72,10 @@ def outline(
 
 @contextlib.contextmanager
 def _opened(
-    directory: AnyPath, float8_as: jax.typing.DTypeLike | None, subset: Subset
+    directory: AnyPath, float8_as: jax.typing.DTypeLike | None, subset: Subset, opener: Opener
 ) -> Iterator[tuple[PublishedSource, dict[str, Layout]]]:
     """A source, and how its weights will be laid out."""
-    with contextlib.closing(PublishedSource(directory, subset)) as source:
+    with contextlib.closing(PublishedSource(directory, subset, opener)) as source:
         report(source)
         yield source, native_layout(source, float8_as)
 
@@ -102,7 +109,9 @@ def from_published(
       InputError: the source is not a whole, sound checkpoint, or the destination exists.
     """
     check_destination(destination, directory)
-    with _opened(directory, float8_as, subset) as (source, leaves):
+    check_deletion(directory, effort, subset)
+    opener = opener_for(destination, effort)
+    with _opened(directory, float8_as, subset, opener) as (source, leaves):
         plan = {
             "source": str(directory.resolve()),
             "shards": {file.path.name: list(file.version) for file in source.files()},
@@ -142,6 +151,8 @@ class _Conversion:
         sizes = {shard: self._source.num_bytes(file) for shard, file in self._files.items()}
         written = sum(map(num_bytes, self._leaves.values()))
         growth = written / sum(sizes.values())
+        deletion = Deletion(self._source, self._workspace, self._effort)
+        deletion.catch_up()
         do_share(
             "from-hf",
             self._workspace,
@@ -149,15 +160,18 @@ class _Conversion:
             self._effort,
             self._convert,
             growth=growth,
-            prepare=self._look_at_all,
+            freed=deletion.freed,
+            prepare=lambda: self._workspace.look_once(self._look_at_all),
+            finished=deletion.delete,
         )
         with self._workspace.finishing(sizes) as records:
             if records is None:
                 return None
             self._tell_not_finite(records)
+            deletion.catch_up()
             self._commit(records)
         num_tensors = sum(place.spread is None for place in self._places.values())
-        return Converted(num_tensors, written)
+        return Converted(num_tensors, written, deletion.num_deleted)
 
     def _look_at_all(self) -> None:
         self._source.check_scales()

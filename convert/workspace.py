@@ -5,6 +5,8 @@ While `DST` is being made, there is `.DST.converting`:
     plan.json       what is converted, and how
     done-0.jsonl    a line for every shard that process 0 has finished with
     content/        what will get the name DST
+    looked          says that the source was looked at, where that takes long
+    stand-ins/      what is kept of shards of the source that were deleted
 
 Content is on the disk before a line says so. A process that is killed at any time therefore leaves
 what the same command goes on with, and several processes can share the work without talking.
@@ -15,7 +17,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,8 @@ Record = dict[str, Any]
 _PLAN_NAME = "plan.json"
 _CONTENT_NAME = "content"
 _DONE_NAME = "done-{}.jsonl"
+_LOOKED_NAME = "looked"
+_STAND_INS_NAME = "stand-ins"
 
 
 class Share(NamedTuple):
@@ -63,6 +67,24 @@ class Workspace:
                         if record.keys() >= self._keys:
                             records[str(record["shard"])] = record
         return records
+
+    def durable_records(self) -> dict[str, Record]:
+        """The same, when they are on the disk: a process may be killed before it sees to that."""
+        records = self.read_records()
+        for path in self.directory.glob(_DONE_NAME.format("*")):
+            sync(path)
+        return records
+
+    def look_once(self, look: Callable[[], None]) -> None:
+        """Looks at the source, unless this or another process has; waits for one that is at it."""
+        path = self.directory / _LOOKED_NAME
+        path.touch()
+        with locked(path):
+            if not path.stat().st_size:
+                look()
+                path.write_text("yes\n")
+                sync(path)
+                sync(self.directory)
 
     def share_of(self, shards: Iterable[str]) -> list[str]:
         """The shards that this process is to do, whether they are done or not."""
@@ -128,6 +150,11 @@ def _directory_of(destination: Path) -> Path:
     return destination.with_name(f".{destination.name}.converting")
 
 
+def stand_ins_of(destination: Path) -> Path:
+    """Where what is kept of deleted shards lies."""
+    return _directory_of(destination) / _STAND_INS_NAME
+
+
 def refuse_finished(destination: Path) -> None:
     """Raises `InputError` if there is something under the name of a destination."""
     if not destination.name:  # a folder such as .
@@ -172,6 +199,7 @@ def open_workspace(
                 with contextlib.ExitStack() as stack:
                     for other in set(directory.glob(_DONE_NAME.format("*"))) - {own}:
                         stack.enter_context(locked(other, refusal))
+                    _refuse_loss(destination)  # now that nobody is at it
                     (directory / _PLAN_NAME).unlink(missing_ok=True)
             _require_plan(directory, destination, plan)
             workspace = Workspace(destination, share, keys)
@@ -185,8 +213,21 @@ def open_workspace(
                 raise InputError(f"{error}; {kept}") from None
             finally:
                 others = set(directory.glob(_DONE_NAME.format("*"))) - {own}
-                if directory.exists() and not others and not workspace.read_records():
+                begun = others or any(stand_ins_of(destination).glob("*"))
+                if directory.exists() and not begun and not workspace.read_records():
                     shutil.rmtree(directory, ignore_errors=True)  # nothing to go on with
+
+
+def _refuse_loss(destination: Path) -> None:
+    """Raises `InputError` if what is done cannot be done again."""
+    if not (_directory_of(destination) / _CONTENT_NAME).exists():
+        return  # it has its name already, or had
+    if gone := sorted(path.name for path in stand_ins_of(destination).glob("*.safetensors")):
+        raise InputError(
+            f"{destination}: {len(gone)} shards of the source were deleted once they were "
+            f"converted, such as {gone[0]}, and what was made of them is nowhere else; expected "
+            "the same command as before, without --restart"
+        )
 
 
 def _require_plan(directory: Path, destination: Path, plan: Mapping[str, Any]) -> None:
@@ -196,6 +237,9 @@ def _require_plan(directory: Path, destination: Path, plan: Mapping[str, Any]) -
     lock.touch()
     with locked(lock):  # processes that share the work may begin at the same time
         if not path.exists():  # what there is without a plan is of one that was thrown away
+            _refuse_loss(destination)
+            (directory / _LOOKED_NAME).unlink(missing_ok=True)
+            shutil.rmtree(directory / _STAND_INS_NAME, ignore_errors=True)
             for done in directory.glob(_DONE_NAME.format("*")):
                 os.truncate(done, 0)
             if (directory / _CONTENT_NAME).exists():

@@ -59,6 +59,12 @@ def add(commands: Any) -> None:
         action="store_true",
         help="make nothing of weights some of which are NaN or infinite, which are named anyway",
     )
+    command.add_argument(
+        "--delete-source-shards",
+        action="store_true",
+        help="delete every shard of SRC as soon as all of it is converted, for a disk that cannot "
+        "hold both; in the Hugging Face cache, its blob as well",
+    )
     add_subset(command)
     add_effort(command)
     command = add_command(
@@ -106,7 +112,8 @@ def _from_hf(args: argparse.Namespace) -> int:
     float8_as = FLOAT8.kind if args.float8_as == "float8" else args.float8_as
     if args.plan:
         check_destination(args.destination, args.source)
-        return _print_plan(args, outline(args.source, float8_as, subset_of(args)))
+        effort, subset = effort_of(args), subset_of(args)
+        return _print_plan(args, outline(args.source, args.destination, float8_as, effort, subset))
 
     def make(effort: "Effort") -> "Converted | None":
         return from_published(args.source, args.destination, float8_as, effort, subset_of(args))
@@ -178,9 +185,15 @@ def _make(
 
 
 def _lines(args: argparse.Namespace, done: "Converted | Quantized") -> Iterator[str]:
+    from convert.conversion import Converted
     from convert.quantize import Quantized, error_lines
 
     if isinstance(done, Quantized):
         for tensors, error in error_lines(done.errors):
             yield f"{tensors}: {error}"
     yield f"{args.destination}: {done.num_tensors} tensors, {done.num_bytes:,} bytes"
+    if isinstance(done, Converted) and done.num_deleted:
+        yield (
+            f"{args.source}: {done.num_deleted} shards were deleted, for {args.destination} has "
+            "what they held; the other files stay"
+        )

@@ -102,6 +102,10 @@ class PublishedSource:
             if not name.endswith(SCALE_SUFFIX)
         }
 
+    def needed_elsewhere(self) -> set[str]:
+        """What the weights of another file may need: scales, which need not lie beside them."""
+        return {name for name in self._files if name.endswith(SCALE_SUFFIX)}
+
     def unused_files(self) -> list[str]:
         """Tensor files of the directory that the index does not name; not known of a subset."""
         if self.subset != WHOLE:
