@@ -46,9 +46,10 @@ _KEYS = ("chunks", "errors")  # of the record of a unit
 class Quantized(NamedTuple):
     """What was made."""
 
-    num_tensors: int  # that are in few bits now
+    num_tensors: int
     num_bytes: int
-    errors: Mapping[str, float]  # by tensor: root of the mean square, of that of the weights
+    # Of each tensor that is in few bits now: root of the mean square, of that of the weights.
+    errors: Mapping[str, float]
 
 
 def quantize(
@@ -153,7 +154,7 @@ class _Quantization:
                 return None
             errors = {k: v for record in records.values() for k, v in record["errors"].items()}
             self._commit(records, errors)
-        return Quantized(len(errors), written, errors)
+        return Quantized(sum(map(len, self._units.values())), written, errors)
 
     def _size(self, tensor: PublishedTensor) -> int:
         return math.prod(tensor.shape) * self._source.dtype(tensor.name).itemsize

@@ -181,7 +181,8 @@ def test_quantizing_rounds_to_the_nearest_multiple_of_a_scale(plain, tmp_path, c
     lines = capsys.readouterr().out.splitlines()
     told = next(line for line in lines if "mlp.experts.*.up_proj" in line)
     ups = [error for name, error in errors.items() if ".experts." in name and "up_proj" in name]
-    assert told.endswith(f": {np.mean(ups):.3%}, at most {max(ups):.3%}")
+    assert told.endswith(f": relative error {np.mean(ups):.3%}, at most {max(ups):.3%}")
+    assert f"{len(weights)} tensors, {len(errors)} of them in {scheme}, " in lines[-1]
     assert main(["verify", str(made), "--against", str(plain)]) == 0
     model, tokens = restore_checkpoint(made), BATCH
     expected = list(score(build_model(RAW, weights), tokens, depth=1))

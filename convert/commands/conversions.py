@@ -185,14 +185,16 @@ def _make(
 
 
 def _lines(args: argparse.Namespace, done: "Converted | Quantized") -> Iterator[str]:
-    from convert.conversion import Converted
     from convert.quantize import Quantized, error_lines
 
     if isinstance(done, Quantized):
         for tensors, error in error_lines(done.errors):
-            yield f"{tensors}: {error}"
+            yield f"{tensors}: relative error {error}"
+        rounded = f"{len(done.errors)} of them in {args.to}"
+        yield f"{args.destination}: {done.num_tensors} tensors, {rounded}, {done.num_bytes:,} bytes"
+        return
     yield f"{args.destination}: {done.num_tensors} tensors, {done.num_bytes:,} bytes"
-    if isinstance(done, Converted) and done.num_deleted:
+    if done.num_deleted:
         yield (
             f"{args.source}: {done.num_deleted} shards were deleted, for {args.destination} has "
             "what they held; the other files stay"
