@@ -12,6 +12,7 @@ from glm5_jax.chunks import CHUNK_BYTES
 from glm5_jax.commands.arguments import report_unknown_keys
 from glm5_jax.console import notice
 from glm5_jax.errors import InputError
+from glm5_jax.published.families import printable
 from glm5_jax.published.native import NativeSource
 from glm5_jax.published.source import PublishedSource
 from glm5_jax.remote import AnyPath
@@ -84,7 +85,7 @@ class Converted(NamedTuple):
 def check_destination(destination: Path, source: AnyPath) -> None:
     """Raises `InputError` if a checkpoint cannot be put there."""
     refuse_finished(destination)
-    if source.resolve() in destination.resolve().parents:
+    if source.resolve() in Path(os.path.realpath(destination)).parents:  # bears loops of links
         raise InputError(f"{destination}: lies within {source}, expected a place outside it")
 
 
@@ -103,4 +104,5 @@ def report(source: NativeSource | PublishedSource) -> None:
     if source.lacks_mtp:
         notice(f"{source.directory}: config.json promises an MTP layer, but the files hold none")
     if unused := source.unused_files():
-        notice(f"{source.directory}: files that the index does not name: {', '.join(unused)}")
+        named = ", ".join(map(printable, unused))
+        notice(f"{source.directory}: files that the index does not name: {named}")

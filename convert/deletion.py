@@ -54,7 +54,7 @@ def check_deletion(directory: AnyPath, effort: Effort, subset: Subset) -> None:
 def opener_for(destination: Path, effort: Effort) -> Opener:
     """How to open shards that are being deleted, or were when the conversion was begun."""
     folder = stand_ins_of(destination)
-    if not effort.delete_source_shards and not folder.exists():
+    if not effort.delete_source_shards and not os.path.exists(folder):  # bears any name
         return open_storage
 
     def opened(path: AnyPath) -> DeletableStorage:

@@ -3,13 +3,14 @@
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm5_jax.checkpoint import params_layout
+from glm5_jax.checkpoint import PARAMS_NAME, params_layout
 from glm5_jax.chunks import Layout
 from glm5_jax.config import Config
 from glm5_jax.model import Glm5
@@ -19,6 +20,7 @@ from glm5_jax.published.names import published_tensors
 from glm5_jax.published.slices import Slice, slices
 from glm5_jax.published.source import PublishedSource
 from glm5_jax.quantization import SCALES, SCHEMES, VALUES, stored_scheme
+from glm5_jax.tree_writer import is_put
 
 FLOAT8 = SCHEMES["float8"]
 
@@ -26,6 +28,15 @@ FLOAT8 = SCHEMES["float8"]
 def num_bytes(place: Layout) -> int:
     """Size of a leaf."""
     return math.prod(place.shape) * place.dtype.itemsize
+
+
+def are_put(leaves: Mapping[str, Layout], content: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a conversion's content has the chunks of a record, as far as their sizes tell."""
+    params = content / PARAMS_NAME
+    return params.exists() or all(
+        is_put(params, leaf, leaves[leaf], tuple(position))
+        for leaf, position, _ in record["chunks"]
+    )
 
 
 def layout_json(place: Layout) -> list[Any]:

@@ -1,6 +1,7 @@
 """Native checkpoints to native ones with weights in few bits, layer by layer."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -17,13 +18,14 @@ from convert.conversion import (
     copy_along,
     report,
 )
-from convert.native_layout import FLOAT8, num_bytes
+from convert.journal import Record
+from convert.native_layout import FLOAT8, are_put, num_bytes
 from convert.pipeline import Pipeline
-from convert.record import entry_of, write_record
+from convert.record import manifest_entry, write_record
 from convert.rounding import rounded_rows
 from convert.shards import do_share
 from convert.synthetic import FLOAT8_CONFIG
-from convert.workspace import Record, Workspace, open_workspace
+from convert.workspace import Workspace, open_workspace
 from glm5_jax.atomic import sync
 from glm5_jax.checkpoint import CONFIG_NAME, PARAMS_NAME, write_text_files
 from glm5_jax.chunks import Layout
@@ -37,7 +39,6 @@ from glm5_jax.published.native import NativeSource
 from glm5_jax.published.slices import slices
 from glm5_jax.quantization import SCALES, SCHEMES, VALUES
 from glm5_jax.quantized import packed
-from glm5_jax.tree_store import MANIFEST_NAME, file_digest
 from glm5_jax.tree_writer import TreeWriter
 
 _KEYS = ("chunks", "errors")  # of the record of a unit
@@ -71,12 +72,18 @@ def quantize(
     with _opened(directory) as source:
         plan = {
             "source": str(directory.resolve()),
-            "weights": file_digest(directory / PARAMS_NAME / MANIFEST_NAME),
+            "weights": source.digest,
             "config": source.raw_config,
             "scheme": scheme,
         }
+        is_there = functools.partial(are_put, _leaves(source, scheme))
         with open_workspace(
-            destination, plan, effort.share, keys=_KEYS, restart=effort.restart
+            destination,
+            plan,
+            effort.share,
+            keys=_KEYS,
+            is_there=is_there,
+            restart=effort.restart,
         ) as workspace:
             return _Quantization(source, scheme, workspace, effort).run()
 
@@ -235,10 +242,9 @@ class _Quantization:
         config = dict(self._source.raw_config)
         if self._scheme == FLOAT8:
             config["quantization_config"] = FLOAT8_CONFIG
-        manifest = f"{PARAMS_NAME}/{MANIFEST_NAME}"
         options = {"scheme": self._name}
         options |= {f"error of {tensors}": error for tensors, error in error_lines(errors)}
-        read = {manifest: entry_of(origin / manifest)}
+        read = manifest_entry(self._source)
         write_record(content, "quantize", origin, options, read=read, written={})
         copy_along(origin, content)
         write_text_files(content, config, origin)

@@ -1,16 +1,18 @@
 """What a conversion says of itself, beside what it made."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from glm5_jax.checkpoint import PARAMS_NAME
 from glm5_jax.errors import InputError
 from glm5_jax.findings import installed_versions
+from glm5_jax.plain_files import is_plain_name
+from glm5_jax.published.native import NativeSource
 from glm5_jax.remote import AnyPath, RemotePath
 from glm5_jax.strict_json import read_json
-from glm5_jax.tree_store import file_digest
+from glm5_jax.tree_store import MANIFEST_NAME, file_digest
 
 RECORD_NAME = "conversion.json"
 CARD_NAME = "CONVERSION.md"
@@ -64,6 +66,19 @@ def entry_of(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": file_digest(path)}
 
 
+def manifest_entry(source: NativeSource) -> dict[str, dict[str, Any]]:
+    """What the record keeps of a native source: its manifest, which has digests of all weights.
+
+    Raises:
+      InputError: it is not what it was when the source was opened.
+    """
+    name = f"{PARAMS_NAME}/{MANIFEST_NAME}"
+    path = source.directory / name
+    if file_digest(path) != source.digest:
+        raise InputError(f"{path}: changed while weights were converted")
+    return {name: entry_of(path)}
+
+
 def revision(source: AnyPath) -> str | None:
     """The revision of a model: `hf://...@REVISION`, or `snapshots/REVISION` in the cache."""
     if isinstance(source, RemotePath):
@@ -98,8 +113,7 @@ def _is_entry(name: str, entry: Any) -> bool:
         and isinstance(entry.get("sha256"), str)
         and type(entry.get("size")) is int
         and entry["size"] >= 0
-        and name == os.path.basename(name)
-        and name not in ("", ".", "..")
+        and is_plain_name(name)
     )
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from rich.progress import DownloadColumn, TextColumn, TransferSpeedColumn
 
 from convert.conversion import Effort, require_room
+from convert.journal import Record
 from convert.pipeline import Pipeline
-from convert.workspace import Record, Workspace
+from convert.workspace import Workspace
 from glm5_jax.console import Advance, notice, progress
 
 Work = Callable[[str, Pipeline, Advance], Record]

@@ -1,6 +1,7 @@
 """Published checkpoints to native ones, shard by shard."""
 
 import contextlib
+import functools
 import hashlib
 import math
 from collections import Counter
@@ -23,12 +24,20 @@ from convert.conversion import (
 )
 from convert.deletion import Deletion, check_deletion, opener_for
 from convert.finite import num_not_finite
-from convert.native_layout import layout_json, native_json, native_layout, num_bytes, places
+from convert.journal import Record
+from convert.native_layout import (
+    are_put,
+    layout_json,
+    native_json,
+    native_layout,
+    num_bytes,
+    places,
+)
 from convert.pipeline import Pipeline
 from convert.portions import Portion, portions
 from convert.record import entries_of, write_record
 from convert.shards import do_share
-from convert.workspace import Record, Workspace, open_workspace
+from convert.workspace import Workspace, open_workspace
 from glm5_jax.atomic import sync
 from glm5_jax.checkpoint import CONFIG_NAME, PARAMS_NAME, write_text_files
 from glm5_jax.chunks import Layout
@@ -119,8 +128,14 @@ def from_published(
             "config": source.raw_config,
             "subset": subset.options(),
         }
+        is_there = functools.partial(are_put, leaves)
         with open_workspace(
-            destination, plan, effort.share, keys=_KEYS, restart=effort.restart
+            destination,
+            plan,
+            effort.share,
+            keys=_KEYS,
+            is_there=is_there,
+            restart=effort.restart,
         ) as workspace:
             return _Conversion(source, leaves, float8_as, workspace, effort).run()
 
@@ -164,6 +179,8 @@ class _Conversion:
             prepare=lambda: self._workspace.look_once(self._look_at_all),
             finished=deletion.delete,
         )
+        for file in self._files.values():  # scales may have been read after the rest of a shard
+            file.require_unchanged()
         with self._workspace.finishing(sizes) as records:
             if records is None:
                 return None

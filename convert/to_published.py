@@ -22,14 +22,15 @@ from convert.conversion import (
     copy_along,
     report,
 )
+from convert.journal import Record
 from convert.native_layout import FLOAT8, num_bytes
 from convert.pipeline import Pipeline
-from convert.record import entries_of, entry_of, write_record
+from convert.record import entries_of, entry_of, manifest_entry, write_record
 from convert.shards import do_share
-from convert.workspace import Record, Workspace, open_workspace
+from convert.workspace import Workspace, open_workspace
 from convert.writer import Entry, file_header, shard_names, split_shards, write_index
 from glm5_jax.atomic import write_all
-from glm5_jax.checkpoint import CONFIG_NAME, PARAMS_NAME, write_text_files
+from glm5_jax.checkpoint import CONFIG_NAME, write_text_files
 from glm5_jax.console import Advance
 from glm5_jax.errors import InputError
 from glm5_jax.params import leaf_dtype
@@ -37,7 +38,6 @@ from glm5_jax.published.files import INDEX_NAME
 from glm5_jax.published.fp8 import SCALE_SUFFIX, scale_shape
 from glm5_jax.published.native import NativeSource
 from glm5_jax.published.source import Stored
-from glm5_jax.tree_store import MANIFEST_NAME, file_digest
 
 
 def to_published(
@@ -63,13 +63,20 @@ def to_published(
     with _opened(directory, shard_bytes, dtype) as (source, shards):
         plan = {
             "source": str(directory.resolve()),
-            "weights": file_digest(directory / PARAMS_NAME / MANIFEST_NAME),
+            "weights": source.digest,
             "config": source.raw_config,
             "shard size": shard_bytes,
             "dtype": None if dtype is None else jnp.dtype(dtype).name,
         }
-        with open_workspace(destination, plan, effort.share, restart=effort.restart) as workspace:
+        with open_workspace(
+            destination, plan, effort.share, is_there=_is_there, restart=effort.restart
+        ) as workspace:
             return _Conversion(source, shards, dtype, workspace, effort).run()
+
+
+def _is_there(content: Path, record: Record) -> bool:
+    path = content / str(record["shard"])
+    return path.is_file() and path.stat().st_size == record["size"]
 
 
 def outline(
@@ -187,7 +194,6 @@ class _Conversion:
             config["dtype"] = jnp.dtype(self._dtype).name
         write_text_files(content, config, origin)
         copy_along(origin, content)
-        manifest = f"{PARAMS_NAME}/{MANIFEST_NAME}"
         written = entries_of(records)
         for name in (CONFIG_NAME, INDEX_NAME):
             if (content / name).exists():
@@ -198,7 +204,7 @@ class _Conversion:
             "to-hf",
             origin,
             options,
-            read={manifest: entry_of(origin / manifest)},
+            read=manifest_entry(self._source),
             written=written,
         )
 

@@ -18,6 +18,7 @@ from convert.rounding import rounded_rows
 from glm5_jax.chunks import CHUNK_BYTES
 from glm5_jax.console import progress
 from glm5_jax.errors import InputError
+from glm5_jax.plain_files import open_plain
 from glm5_jax.published.families import by_family
 from glm5_jax.published.native import NativeSource
 from glm5_jax.published.source import Stored
@@ -185,7 +186,7 @@ def _file_check(path: Path, size: int, expected: str) -> Callable[[], _Fault | N
     def check() -> _Fault | None:
         digest = hashlib.sha256()
         try:
-            with path.open("rb") as file:
+            with open(open_plain(path), "rb") as file:
                 while part := file.read(_READ_BYTES):
                     digest.update(part)
                 if file.tell() != size:

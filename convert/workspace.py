@@ -16,19 +16,18 @@ import contextlib
 import json
 import os
 import shutil
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from glm5_jax.atomic import locked, make_parent, named_errors, refuse_existing, sync, write_all
+from convert.journal import Journal, Record, journal_path, journals, read_journals
+from glm5_jax.atomic import locked, make_parent, named_errors, refuse_existing, sync
 from glm5_jax.errors import InputError
-from glm5_jax.strict_json import parse_json, read_json
+from glm5_jax.strict_json import read_json
 
-Record = dict[str, Any]
+IsThere = Callable[[Path, Record], bool]
 _PLAN_NAME = "plan.json"
 _CONTENT_NAME = "content"
-_DONE_NAME = "done-{}.jsonl"
 _LOOKED_NAME = "looked"
 _STAND_INS_NAME = "stand-ins"
 
@@ -43,35 +42,27 @@ class Share(NamedTuple):
 class Workspace:
     """The folder of a conversion that is under way."""
 
-    def __init__(self, destination: Path, share: Share, keys: Collection[str]):
+    def __init__(self, destination: Path, share: Share, keys: Collection[str], is_there: IsThere):
         """Reads what was done; `open_workspace` makes or finds the folder."""
-        self._keys = {"shard", "size", "sha256", *keys}
+        self._keys, self._is_there = keys, is_there
         self.destination = destination
         directory = self.directory = _directory_of(destination)
         self.content = directory / _CONTENT_NAME
         self._share = share
-        self._writing = threading.Lock()
-        self._own = directory / _DONE_NAME.format(share.number)
-        whole = self._own.read_bytes()
-        os.truncate(self._own, whole.rfind(b"\n") + 1)  # a kill may have cut off the last line
+        self._journal = Journal(journal_path(directory, share.number))
         self.records = self.read_records()
 
     def read_records(self) -> dict[str, Record]:
         """What all processes have said of the shards they finished, by the shards' names."""
-        records: dict[str, Record] = {}
-        for path in sorted(self.directory.glob(_DONE_NAME.format("*"))):
-            for line in path.read_bytes().splitlines(keepends=True):
-                if line.endswith(b"\n"):  # else it is being written, or was when it was cut off
-                    with contextlib.suppress(InputError):  # a damaged line: it is done again
-                        record = parse_json(line, str(path))
-                        if record.keys() >= self._keys:
-                            records[str(record["shard"])] = record
-        return records
+        found = read_journals(self.directory, self._keys)
+        return {
+            shard: record for shard, record in found.items() if self._is_there(self.content, record)
+        }
 
     def durable_records(self) -> dict[str, Record]:
         """The same, when they are on the disk: a process may be killed before it sees to that."""
         records = self.read_records()
-        for path in self.directory.glob(_DONE_NAME.format("*")):
+        for path in journals(self.directory):
             sync(path)
         return records
 
@@ -92,15 +83,7 @@ class Workspace:
 
     def finish(self, record: Record) -> None:
         """Writes down that a shard is done and all its content on the disk."""
-        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
-        with self._writing, self._own.open("ab", buffering=0) as file:
-            end = file.tell()
-            try:
-                write_all(file, memoryview(line))
-            except OSError:
-                os.truncate(self._own, end)  # lest another thread's line follows a part of this one
-                raise
-            os.fsync(file.fileno())
+        self._journal.write(record)
 
     def partial(self, name: str) -> Path:
         """Where this process writes what is to become a file of the content."""
@@ -172,6 +155,7 @@ def open_workspace(
     share: Share,
     *,
     keys: Collection[str] = (),
+    is_there: IsThere = lambda content, record: True,
     restart: bool = False,
 ) -> Iterator[Workspace]:
     """Begins a conversion, or goes on with one.
@@ -179,6 +163,7 @@ def open_workspace(
     Args:
       plan: what must be the same for going on, in JSON.
       keys: of a record, beside those that all have.
+      is_there: whether the content still has what a record says was done.
       restart: begin anew if it is not the same, or is.
 
     Raises:
@@ -189,20 +174,27 @@ def open_workspace(
     directory = _directory_of(destination)
     make_parent(destination)
     with named_errors(destination, directory.name):
-        directory.mkdir(exist_ok=True)
-        own = directory / _DONE_NAME.format(share.number)
-        own.touch()
+        if directory.is_symlink() or directory.exists() and not directory.is_dir():
+            raise InputError(f"{directory}: is in the way, expected nothing of that name")
+        own = journal_path(directory, share.number)
+        try:
+            directory.mkdir(exist_ok=True)
+            own.touch()
+        except OSError:
+            with contextlib.suppress(OSError):
+                directory.rmdir()  # if nobody else was here
+            raise
         refusal = f"{destination}: another process is converting to it"
-        with locked(own, refusal):
+        with locked(own, refusal), _removed_if_useless(directory, own, keys):
             refuse_finished(destination)  # which another process may have made just now
             if restart:
                 with contextlib.ExitStack() as stack:
-                    for other in set(directory.glob(_DONE_NAME.format("*"))) - {own}:
+                    for other in set(journals(directory)) - {own}:
                         stack.enter_context(locked(other, refusal))
                     _refuse_loss(destination)  # now that nobody is at it
                     (directory / _PLAN_NAME).unlink(missing_ok=True)
             _require_plan(directory, destination, plan)
-            workspace = Workspace(destination, share, keys)
+            workspace = Workspace(destination, share, keys, is_there)
             try:
                 with named_errors(destination, directory.name):
                     yield workspace
@@ -211,11 +203,19 @@ def open_workspace(
                     raise
                 kept = "what is done is kept for when it goes on"
                 raise InputError(f"{error}; {kept}") from None
-            finally:
-                others = set(directory.glob(_DONE_NAME.format("*"))) - {own}
-                begun = others or any(stand_ins_of(destination).glob("*"))
-                if directory.exists() and not begun and not workspace.read_records():
-                    shutil.rmtree(directory, ignore_errors=True)  # nothing to go on with
+
+
+@contextlib.contextmanager
+def _removed_if_useless(directory: Path, own: Path, keys: Collection[str]) -> Iterator[None]:
+    """Removes the folder of a conversion after the body, if there is nothing to go on with."""
+    try:
+        yield
+    finally:
+        others = set(journals(directory)) - {own}
+        stand_ins = any((directory / _STAND_INS_NAME).glob("*"))
+        begun = (directory / _PLAN_NAME).exists() and read_journals(directory, keys)
+        if directory.exists() and not others and not begun and not stand_ins:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _refuse_loss(destination: Path) -> None:
@@ -240,7 +240,7 @@ def _require_plan(directory: Path, destination: Path, plan: Mapping[str, Any]) -
             _refuse_loss(destination)
             (directory / _LOOKED_NAME).unlink(missing_ok=True)
             shutil.rmtree(directory / _STAND_INS_NAME, ignore_errors=True)
-            for done in directory.glob(_DONE_NAME.format("*")):
+            for done in journals(directory):
                 os.truncate(done, 0)
             if (directory / _CONTENT_NAME).exists():
                 shutil.rmtree(directory / _CONTENT_NAME)
@@ -249,7 +249,11 @@ def _require_plan(directory: Path, destination: Path, plan: Mapping[str, Any]) -
             unfinished.write_text(json.dumps(plan))
             sync(unfinished)
             unfinished.replace(path)
-    if changes := _changes(read_json(path), plan):
+    try:
+        changes = _changes(read_json(path), plan)
+    except InputError as error:
+        raise InputError(f"{error}; expected a plan, or --restart to begin anew") from None
+    if changes:
         raise InputError(
             f"{destination}: a conversion was begun with {'; '.join(changes)}; expected the same, "
             "or --restart to begin anew"

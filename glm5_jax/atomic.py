@@ -150,7 +150,8 @@ def named_errors(destination: Path, temporary: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None or temporary in str(error.filename):
+        names = (error.filename, error.filename2)  # copying names what it reads first
+        if error.filename is None or any(temporary in str(name) for name in names):
             reason = error.strerror or error
             raise InputError(f"{destination}: cannot be written: {reason}") from None
         raise

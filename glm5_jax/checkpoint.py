@@ -16,6 +16,7 @@ from glm5_jax.errors import InputError
 from glm5_jax.model import Glm5
 from glm5_jax.params import ParamSpec, leaf_dtype, leaves_by_path, map_specs
 from glm5_jax.processes import on_first
+from glm5_jax.published.families import by_family
 from glm5_jax.published.names import num_stacked_axes
 from glm5_jax.quantization import SCHEMES, VALUES, stored_scheme
 from glm5_jax.quantized import Quantized, is_quantized
@@ -26,6 +27,7 @@ from glm5_jax.tree_writer import write_tree
 
 CONFIG_NAME = "config.json"
 PARAMS_NAME = "params"
+_DTYPES = ("float32", "bfloat16", "float16")  # of weights
 # Files that say how to use a model and travel with it.
 TEXT_FILES = (
     "tokenizer.json",
@@ -71,6 +73,8 @@ def write_text_files(
     (directory / CONFIG_NAME).write_text(json.dumps(config_json, indent=2) + "\n")
     for name in TEXT_FILES:
         if text_from is not None and (text_from / name).exists():
+            if not (text_from / name).is_file():
+                raise InputError(f"{text_from / name}: not a file")
             (directory / name).write_bytes((text_from / name).read_bytes())
 
 
@@ -136,19 +140,22 @@ def restore_checkpoint(
 
 def check_leaves(reader: TreeReader, specs: Mapping[str, ParamSpec]) -> None:
     """Compares what a tree holds with what a blueprint declares; all differences are named."""
-    expected: dict[str, tuple[int, ...]] = {}
+    expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}  # shapes and dtypes
     for leaf, spec in specs.items():
         scheme = stored_scheme(reader.leaves, leaf)
         if scheme is None:
-            expected[leaf] = spec.shape
+            expected[leaf] = spec.shape, _DTYPES
         else:
             stored = scheme.layouts(leaf, spec)
-            expected |= {name: place.shape for name, place in stored.items()}
-    problems = [f"leaf {leaf} is missing" for leaf in expected if leaf not in reader.leaves]
-    problems += [f"leaf {leaf} is unknown" for leaf in reader.leaves if leaf not in expected]
+            expected |= {name: (place.shape, (place.dtype.name,)) for name, place in stored.items()}
+    faults = [(leaf, "is missing") for leaf in expected if leaf not in reader.leaves]
+    faults += [(leaf, "is unknown") for leaf in reader.leaves if leaf not in expected]
     for leaf, place in reader.leaves.items():
-        if leaf in expected and place.shape != expected[leaf]:
-            found, wanted = list(place.shape), list(expected[leaf])
-            problems.append(f"leaf {leaf} has shape {found}, expected {wanted}")
-    if problems:
-        raise InputError(f"{reader.directory}: {'; '.join(problems)}")
+        shape, dtypes = expected.get(leaf, (place.shape, (place.dtype.name,)))
+        if place.shape != shape:
+            faults.append((leaf, f"has shape {list(place.shape)!s:.80}, expected {list(shape)}"))
+        if place.dtype.name not in dtypes:
+            faults.append((leaf, f"has dtype {place.dtype}, expected {' or '.join(dtypes)}"))
+    if faults:
+        said = "; ".join(f"leaf {subject} {fault}" for subject, fault, _ in by_family(faults))
+        raise InputError(f"{reader.directory}: {said}")

@@ -1,6 +1,7 @@
 """How the leaves of a tree are cut into chunks."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,11 @@ class Layout(NamedTuple):
     def grid(self) -> tuple[int, ...]:
         """Chunks along each axis."""
         return tuple(-(-size // part) for size, part in zip(self.shape, self.chunk, strict=True))
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Size of a chunk."""
+        return math.prod(self.chunk) * self.dtype.itemsize
 
     def positions(self) -> Iterator[tuple[int, ...]]:
         """Every chunk's place in the grid, the last axis fastest."""

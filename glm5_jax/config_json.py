@@ -18,6 +18,8 @@ from glm5_jax.strict_json import read_json
 # No model of this family comes near; more is a damaged file.
 _MOST_LAYERS = 512
 _MOST_EXPERTS = 4096
+_MOST_EXPERTS_IN_ALL = 2**17  # each has names of its own
+_DEEPEST = 64  # objects and lists within each other, which writers of JSON recurse into
 
 # Published key -> place in `Config`, and what an absent key means (transformers' default).
 _SIZES: dict[str, tuple[str, Any]] = {
@@ -168,6 +170,15 @@ def _stored_dtype(keys: Keys) -> str:
     return str(dtype)
 
 
+def _check_depth(raw: dict[str, Any]) -> None:
+    level: list[Any] = [raw]
+    for _ in range(_DEEPEST):
+        held = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [part for parts in held for part in parts if isinstance(part, dict | list)]
+    if level:
+        raise InputError(f"is nested deeper than {_DEEPEST} objects and lists, expected a config")
+
+
 def _check_quantization(keys: Keys) -> None:
     value = keys.get("quantization_config")
     if value is None:
@@ -185,6 +196,7 @@ def parse_config(raw: dict[str, Any]) -> PublishedConfig:
     Raises:
       InputError: a key has an illegal value, or one that this implementation does not support.
     """
+    _check_depth(raw)
     keys = Keys(raw)
     keys.fixed("model_type", "glm_moe_dsa", required=True)
     for key, expected in _FIXED.items():
@@ -207,12 +219,18 @@ def parse_config(raw: dict[str, Any]) -> PublishedConfig:
         put(path, keys.flag(key, flag))
 
     count = keys.integer("num_hidden_layers", REQUIRED, high=_MOST_LAYERS)
+    experts = values["moe"]["num_experts"]
+    if count * experts > _MOST_EXPERTS_IN_ALL:
+        raise InputError(
+            f"n_routed_experts is {experts} in {count} layers, expected at most "
+            f"{_MOST_EXPERTS_IN_ALL:,} experts in all"
+        )
     kinds = zip(_mlp_kinds(keys, count), _indexer_kinds(keys, count), strict=True)
     pad_ids = _token_ids(keys, "pad_token_id")
     keys.names("layer_types", ("indexed_attention",), count)
     _check_quantization(keys)
     for alias in ("num_experts", "num_local_experts"):
-        keys.neutral(alias, values["moe"]["num_experts"])
+        keys.neutral(alias, experts)
     mla = MlaConfig(**values["mla"])
     keys.fixed("num_key_value_heads", mla.num_heads)
     keys.fixed("qk_head_dim", mla.nope_dim + mla.rope_dim)

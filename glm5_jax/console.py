@@ -72,7 +72,7 @@ def run_command(parser: Parser, arguments: Sequence[str] | None) -> int:
         text = str(error)
         if isinstance(error, OSError) and error.filename is not None:
             text = f"{error.filename}: {error.strerror}"
-        print(f"{parser.prog}: error: {' '.join(text.split())}", file=sys.stderr)
+        print(f"{parser.prog}: error: {_on_one_line(text)}", file=sys.stderr)
         return 2
     except Exception as error:
         if (why := _out_of_memory(error)) is None:
@@ -81,11 +81,19 @@ def run_command(parser: Parser, arguments: Sequence[str] | None) -> int:
         return 2
 
 
-def _out_of_memory(error: BaseException) -> str | None:
-    """What to say of an error if it is that of a device whose memory did not do.
+def _on_one_line(text: str) -> str:
+    """A text, which may quote files, without what would break the line or move the cursor."""
+    line = " ".join(text.split())
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in line)
 
-    By name, as JAX is not loaded for it.
+
+def _out_of_memory(error: BaseException) -> str | None:
+    """What to say of an error if it is that of a machine or a device whose memory did not do.
+
+    The latter by name, as JAX is not loaded for it.
     """
+    if isinstance(error, MemoryError):
+        return _on_one_line(f"not enough memory: {error}") if str(error) else "not enough memory"
     if type(error).__name__ != "JaxRuntimeError" or "RESOURCE_EXHAUSTED" not in str(error):
         return None
     why = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(".")

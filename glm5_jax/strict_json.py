@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from glm5_jax.errors import InputError
+from glm5_jax.plain_files import read_plain
 from glm5_jax.remote import AnyPath
 
 
@@ -12,7 +13,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise InputError(f"key {key!r} stands twice")
+            raise InputError(f"key {key!r:.80} stands twice")
         result[key] = value
     return result
 
@@ -48,8 +49,4 @@ def parse_json(text: str | bytes | memoryview, where: str) -> dict[str, Any]:
 
 def read_json(path: AnyPath) -> dict[str, Any]:
     """Reads a JSON object from a file; raises `InputError` as `parse_json` does."""
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    return parse_json(text, str(path))
+    return parse_json(read_plain(path), str(path))

@@ -10,6 +10,7 @@ it on their own; chunks are read and written without them, who would copy them t
 import concurrent.futures
 import hashlib
 import itertools
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorstore as ts
 
 from glm5_jax.chunks import Layout, Region, overlap
 from glm5_jax.errors import InputError
+from glm5_jax.plain_files import is_plain_name, open_plain, read_plain
 from glm5_jax.sharding import from_parts
-from glm5_jax.strict_json import read_json
+from glm5_jax.strict_json import parse_json, read_json
 
 MANIFEST_NAME = "manifest.json"
 METADATA_NAME = "_METADATA"  # Orbax's
@@ -31,7 +32,7 @@ FORMAT = "glm5-jax tree 1"
 
 def file_digest(path: Path) -> str | None:
     """The SHA-256 of a small file; None if there is none."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+    return hashlib.sha256(read_plain(path)).hexdigest() if path.exists() else None
 
 
 def chunk_digest(chunk: np.ndarray) -> str:
@@ -55,6 +56,11 @@ def zarr_spec(path: Path, place: Layout) -> dict[str, Any]:
             "chunks": list(place.chunk),
             "dtype": place.dtype.str if is_native else place.dtype.name,
             "compressor": None,
+            "dimension_separator": ".",
+            "fill_value": None,
+            "filters": None,
+            "order": "C",
+            "zarr_format": 2,
         },
     }
 
@@ -62,9 +68,7 @@ def zarr_spec(path: Path, place: Layout) -> dict[str, Any]:
 def _is_sound(place: Layout) -> bool:
     """Whether chunks could cover a leaf."""
     sizes = zip(place.shape, place.chunk, strict=True)
-    return all(
-        type(size) is int and type(part) is int and 0 < part <= max(1, size) for size, part in sizes
-    )
+    return all(type(size) is int and type(part) is int and 0 < part <= size for size, part in sizes)
 
 
 class TreeReader:
@@ -81,9 +85,12 @@ class TreeReader:
         self._digests: dict[str, dict[tuple[int, ...], str]] = {}
         self._opened: set[str] = set()
         path = directory / MANIFEST_NAME
-        manifest = read_json(path)
-        if manifest.get("format") != FORMAT:
-            raise InputError(f"{path}: format is {manifest.get('format')!r}, expected {FORMAT!r}")
+        text = read_plain(path)
+        self.digest = hashlib.sha256(text).hexdigest()  # of the manifest, and so of all the tree
+        manifest = parse_json(text, str(path))
+        found = manifest.get("format")
+        if found != FORMAT:
+            raise InputError(f"{path}: format is {found!r:.80}, expected {FORMAT!r}")
         try:
             for leaf, entry in manifest["leaves"].items():
                 place = Layout(
@@ -91,17 +98,23 @@ class TreeReader:
                 )
                 if not _is_sound(place):
                     raise ValueError(f"chunks of {list(place.chunk)} in {list(place.shape)}")
+                if math.prod(place.grid) != len(entry["sha256"]):  # there may be any number
+                    raise ValueError(f"{len(entry['sha256'])} digests of {place.grid} chunks")
                 digests = zip(place.positions(), entry["sha256"], strict=True)
                 self.leaves[leaf] = place
                 self._digests[leaf] = dict(digests)
         except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: damaged: {error!r}") from None
+            raise InputError(f"{path}: damaged: {error!r:.200}") from None
         metadata = directory / METADATA_NAME
         digest = file_digest(metadata)
         if digest is None or manifest.get("metadata_sha256") != digest:
             raise InputError(f"{metadata}: damaged, its SHA-256 is not the one in {MANIFEST_NAME}")
-        beside = manifest.get("beside", {})
-        for name, expected in beside.items() if isinstance(beside, dict) else ():
+        beside = manifest.get("beside")
+        if not isinstance(beside, dict) or not all(map(is_plain_name, beside)):
+            raise InputError(
+                f"{path}: beside is {beside!r:.80}, expected names of files and digests"
+            )
+        for name, expected in beside.items():
             if file_digest(directory.parent / name) != expected:
                 raise InputError(
                     f"{directory.parent / name}: not as it was written, its SHA-256 is not the one "
@@ -116,14 +129,15 @@ class TreeReader:
         """
         place = self.leaves[leaf]
         where = f"{self.directory}: leaf {leaf}, chunk {chunk_name(position)}"
-        self._require_zarr(leaf, where)
-        stored = np.empty(place.chunk, place.dtype)
+        self._require_zarr(leaf)
         try:
-            with (self.directory / leaf / chunk_name(position)).open("rb", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != stored.nbytes:
-                    expected = f"expected {stored.nbytes:,}"
+            opened = open_plain(self.directory / leaf / chunk_name(position))
+            with open(opened, "rb", buffering=0) as file:
+                size = os.fstat(opened).st_size
+                if size != place.chunk_bytes:
+                    expected = f"expected {place.chunk_bytes:,}"
                     raise InputError(f"{where}: damaged, has {size:,} bytes, {expected}")
+                stored = np.empty(place.chunk, place.dtype)
                 view = stored.reshape(-1).view(np.uint8).data
                 while view and (count := file.readinto(view)):
                     view = view[count:]
@@ -137,15 +151,13 @@ class TreeReader:
             raise InputError(f"{where}: damaged, its SHA-256 is not the one in {MANIFEST_NAME}")
         return chunk
 
-    def _require_zarr(self, leaf: str, where: str) -> None:
-        """Once for a leaf, has TensorStore look whether its metadata are those of the manifest."""
+    def _require_zarr(self, leaf: str) -> None:
+        """Looks, once for a leaf, whether what Orbax reads it by says what the manifest says."""
         if leaf in self._opened:
             return
-        try:
-            ts.open(zarr_spec(self.directory / leaf, self.leaves[leaf]), open=True).result()
-        except ValueError as error:
-            reason = str(error).partition(" [")[0]
-            raise InputError(f"{where}: cannot be read: {reason:.200}") from None
+        path = self.directory / leaf / ".zarray"
+        if read_json(path) != zarr_spec(path.parent, self.leaves[leaf])["metadata"]:
+            raise InputError(f"{path}: damaged, is not what was written with {MANIFEST_NAME}")
         self._opened.add(leaf)
 
     def restore(self, leaf: str, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -45,7 +45,7 @@ class TreeWriter:
           directory: what does not exist yet; chunks gather beside it.
         """
         self._directory = directory
-        self._staging = directory.with_name(directory.name + ".staging")
+        self._staging = _staging(directory)
         self._unflushed: list[Path] = []
         self._noting, self._flushing = threading.Lock(), threading.Lock()
         self._failure: OSError | None = None
@@ -167,6 +167,16 @@ class TreeWriter:
         shutil.rmtree(folder)
 
 
+def _staging(directory: Path) -> Path:
+    return directory.with_name(directory.name + ".staging")
+
+
+def is_put(directory: Path, leaf: str, place: Layout, position: tuple[int, ...]) -> bool:
+    """Whether a chunk of a tree that is being written is there, as far as its size tells."""
+    path = _staging(directory) / leaf / chunk_name(position)
+    return path.is_file() and path.stat().st_size == place.chunk_bytes
+
+
 def write_tree(
     directory: Path | None,
     arrays: Mapping[str, jax.Array | np.ndarray],
@@ -231,10 +241,10 @@ def _as_os_error(what: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Holds back Orbax's warnings about what is done on purpose here."""
+    """Holds back what Orbax logs: warnings of what is meant, and of errors that it raises, too."""
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

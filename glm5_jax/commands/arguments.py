@@ -11,6 +11,7 @@ from glm5_jax.console import notice
 from glm5_jax.coordination import require_same
 from glm5_jax.errors import InputError
 from glm5_jax.models import SHIPPED, shipped
+from glm5_jax.published.families import printable
 from glm5_jax.remote import AnyPath
 
 if TYPE_CHECKING:
@@ -180,4 +181,5 @@ def checkpoint_identity(directory: Path) -> str:
 def report_unknown_keys(directory: AnyPath, keys: tuple[str, ...]) -> None:
     """Lists keys of `config.json` that bear on nothing."""
     if keys:
-        notice(f"{directory}: keys of config.json that are not used: {', '.join(keys)}")
+        named = ", ".join(map(printable, keys))
+        notice(f"{directory}: keys of config.json that are not used: {named}")

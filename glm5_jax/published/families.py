@@ -18,12 +18,12 @@ def by_family(faults: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str, lis
         families[re.sub(r"\d+", "*", name), fault].append(name)
     for (pattern, fault), names in families.items():
         if len(names) <= _MOST_NAMED:
-            yield from ((_printable(name), fault, [name]) for name in names)
+            yield from ((printable(name), fault, [name]) for name in names)
         else:
-            example = _printable(names[0])
-            yield f"{_printable(pattern)} ({len(names)} tensors, such as {example})", fault, names
+            example = printable(names[0])
+            yield f"{printable(pattern)} ({len(names)} tensors, such as {example})", fault, names
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """A name from a file, which may hold what moves a terminal's cursor."""
     return name if name.isprintable() else repr(name)

@@ -4,9 +4,11 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from glm5_jax.errors import InputError, Missing
+from glm5_jax.plain_files import is_plain_name
 from glm5_jax.published.families import by_family
 from glm5_jax.published.safetensors import SafetensorsFile
 from glm5_jax.published.storage import Opener, open_storage
@@ -116,12 +118,7 @@ def _read_index(path: AnyPath, kind: _Kind) -> dict[str, str]:
 
 def _is_plain(name: Any, kind: _Kind) -> bool:
     """Whether it is the name of a tensor file, and no path that could lead elsewhere."""
-    return (
-        isinstance(name, str)
-        and name == os.path.basename(name)
-        and not set("\0\\") & set(name)
-        and name.endswith(kind.suffixes)
-    )
+    return is_plain_name(name) and name.endswith(kind.suffixes)
 
 
 def _inside(directory: AnyPath, name: str) -> AnyPath:
@@ -133,7 +130,7 @@ def _inside(directory: AnyPath, name: str) -> AnyPath:
     path = directory / name
     if isinstance(path, RemotePath) or isinstance(directory, RemotePath):
         return path  # has no links
-    real, home = path.resolve(), directory.resolve()
+    real, home = Path(os.path.realpath(path)), directory.resolve()  # bears loops of links
     blobs = home.parent.parent / "blobs"
     if home not in real.parents and blobs not in real.parents:
         raise InputError(f"{path}: leads out of the directory, to {real}")

@@ -8,8 +8,10 @@ import numpy as np
 from glm5_jax.checkpoint import CONFIG_NAME, PARAMS_NAME, check_leaves
 from glm5_jax.chunks import Layout
 from glm5_jax.config_json import read_config
+from glm5_jax.errors import InputError
 from glm5_jax.model import Glm5
 from glm5_jax.params import ParamSpec, leaves_by_path
+from glm5_jax.published.families import by_family
 from glm5_jax.published.fp8 import dequantize
 from glm5_jax.published.names import published_tensors
 from glm5_jax.published.slices import slices
@@ -37,12 +39,36 @@ class NativeSource:
         self._specs = leaves_by_path(Glm5(self.config))
         check_leaves(self._reader, self._specs)
         self._tensors = {tensor.name: tensor for tensor in published_tensors(self.config)}
+        self._require_rows()
+
+    def _require_rows(self) -> None:
+        """Raises `InputError` unless chunks are rows of one tensor, or all of its scales."""
+        faults: dict[str, str] = {}
+        for name, tensor in self._tensors.items():
+            axis = len(tensor.at)
+            shape, _, chunk = self.leaves[leaf := self._leaf(name)]
+            if chunk != (*[1] * axis, chunk[axis], *shape[axis + 1 :]):
+                faults[leaf] = f"is in chunks of {list(chunk)}, expected rows of one tensor each"
+            if self.has_scales(name):
+                shape, _, chunk = self.leaves[leaf := tensor.leaf + SCALES]
+                if chunk != (*[1] * axis, *shape[axis:]):
+                    faults[leaf] = (
+                        f"is in chunks of {list(chunk)}, expected those of one tensor each"
+                    )
+        if faults:
+            said = "; ".join(f"leaf {leaf} {fault}" for leaf, fault, _ in by_family(faults.items()))
+            raise InputError(f"{self._reader.directory}: {said}")
 
     def tensors(self) -> dict[str, Stored]:
         """Every tensor by its published name, as it is read; scales are not tensors."""
         return {
             name: Stored(tensor.shape, self.dtype(name)) for name, tensor in self._tensors.items()
         }
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the manifest, which has those of all weights."""
+        return self._reader.digest
 
     @property
     def leaves(self) -> Mapping[str, Layout]:

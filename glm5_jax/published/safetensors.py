@@ -40,6 +40,8 @@ class SafetensorsFile(TensorFile):
                     pass
             except SafetensorError as error:
                 raise InputError(f"{where}: {error}") from None
+            except OSError as error:
+                raise InputError(f"{self.path}: {error.strerror or error}") from None
         return tensors
 
     def _read_start(self, where: str) -> Data:

@@ -4,13 +4,13 @@ import contextlib
 import functools
 import io
 import os
-import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from glm5_jax.errors import InputError, Missing
+from glm5_jax.plain_files import open_plain
 from glm5_jax.remote import AnyPath, RemotePath
 
 Data = bytes | bytearray
@@ -68,17 +68,11 @@ class LocalStorage:
     def __init__(self, path: Path):
         self._path = path
         try:
-            self._file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # not to wait for pipes
+            self._file = open_plain(path)
         except OSError as error:
             kind = Missing if isinstance(error, FileNotFoundError) else InputError
             raise kind(f"{path}: {error.strerror or error}") from None
-        try:
-            if not stat.S_ISREG(os.fstat(self._file).st_mode):
-                raise InputError(f"{path}: not a file")
-            self.version = self.current_version()
-        except BaseException:
-            self.close()
-            raise
+        self.version = self.current_version()
 
     def read(self, offset: int, count: int) -> bytearray:
         data = bytearray(count)
