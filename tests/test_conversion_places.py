@@ -23,7 +23,7 @@ from tests.damage import (
     whole,
 )
 
-SEEDS = 12
+SEEDS = 6
 STEPS = {
     "from-hf": (to_native._Conversion, "_convert"),
     "to-hf": (to_published._Conversion, "_write"),
