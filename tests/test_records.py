@@ -85,9 +85,9 @@ def test_a_malformed_line_is_named(tmp_path, line, named):
 @pytest.mark.parametrize(
     ("content", "name"),
     [
-        (gzip.compress(b'{"text": "x"}\n' * 99)[:-9], "a.jsonl.gz"),
+        (gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-9], "a.jsonl.gz"),
         (b"no such format", "a.jsonl.gz"),
-        (gzip.compress(b"x")[:10] + b"\xff" * 20, "a.jsonl.gz"),
+        (gzip.compress(b"x", mtime=0)[:10] + b"\xff" * 20, "a.jsonl.gz"),
         (b"no such format", "a.parquet"),
         (b"", "a.parquet"),
     ],
