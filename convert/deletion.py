@@ -6,11 +6,14 @@ and the word that it was made are on the disk.
 """
 
 import contextlib
+import functools
+import hashlib
 import json
 import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from convert.conversion import Effort
 from convert.workspace import Workspace, stand_ins_of
@@ -29,6 +32,8 @@ from glm5_jax.published.storage import (
 from glm5_jax.published.subset import WHOLE, Subset
 from glm5_jax.remote import AnyPath, RemotePath
 from glm5_jax.strict_json import parse_json
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def check_deletion(directory: AnyPath, effort: Effort, subset: Subset) -> None:
@@ -109,14 +114,20 @@ class DeletableStorage:
 
 
 class _StandIn:
-    """What was kept of a deleted shard: a length, JSON of that length, and the parts one by one."""
+    """What was kept of a deleted shard.
+
+    It is a length, JSON of that length, the parts one by one, and the SHA-256 of all that: what
+    was damaged meanwhile is nowhere else.
+    """
 
     def __init__(self, shard: Path, path: Path):
         self._shard = shard
         self._file = LocalStorage(path)
-        length = int.from_bytes(self._file.read(0, 8), "little")
-        said = parse_json(bytes(self._file.read(8, length)), str(path))
-        self._start = 8 + length
+        try:
+            self._start, said = _checked(path, self._file.version)
+        except BaseException:
+            self.close()
+            raise
         self._kept = said["kept"]
         self.version = Version(said["size"], said["modified"])
 
@@ -130,6 +141,22 @@ class _StandIn:
 
     def close(self) -> None:
         self._file.close()
+
+
+@functools.cache
+def _checked(path: Path, version: Version) -> tuple[int, dict[str, Any]]:
+    """Where the parts begin in a stand-in, and what stands before them; read once.
+
+    Raises:
+      InputError: it is damaged.
+    """
+    with contextlib.closing(LocalStorage(path)) as file:
+        whole = memoryview(file.read(0, version.size))
+    held, digest = whole[:-_DIGEST_BYTES], whole[-_DIGEST_BYTES:]
+    if hashlib.sha256(held).digest() != digest:
+        raise InputError(f"{path}: damaged, its SHA-256 is not the one at its end")
+    start = 8 + int.from_bytes(held[:8], "little")
+    return start, parse_json(held[8:start], str(path))
 
 
 class Deletion:
@@ -207,10 +234,17 @@ class Deletion:
         text = json.dumps(said).encode()
         name = f".{file.path.name}-{os.getpid()}-{threading.get_ident()}"
         unfinished = self._folder / name
+        digest = hashlib.sha256()
         with unfinished.open("wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
+
+            def write(data: Data) -> None:
+                digest.update(data)
+                out.write(data)
+
+            write(len(text).to_bytes(8, "little") + text)
             for offset, count in parts:
-                out.write(file.read_bytes(offset, count))
+                write(file.read_bytes(offset, count))
+            out.write(digest.digest())
         sync(unfinished)
         unfinished.replace(self._folder / file.path.name)
         sync(self._folder)

@@ -17,6 +17,7 @@ from convert import to_native
 from convert.__main__ import main
 from convert.workspace import Workspace
 from glm5_jax.published.safetensors import FIRST_READ
+from tests.damage import cut, flip_bit, one_line
 from tests.test_conversion_resumes import begin, contents, convert, workspace
 from tests.tiny import TINY, float8_weights, random_weights, write_published
 
@@ -305,6 +306,25 @@ def test_a_damaged_journal_does_not_make_weights_of_what_is_gone(
     assert f"{shard}: was deleted once it was converted, and is needed again" in error
     journal.write_bytes(whole)
     assert main(["from-hf", str(source), str(tmp_path / "x"), "--threads", "1"]) == 0
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_damaged_stand_in_does_not_make_weights(original, whole, seed, tmp_path, capsys):
+    """Scales that another shard's weights need are nowhere else by then."""
+    source = Path(shutil.copytree(original, tmp_path / "source"))
+    arguments = ["from-hf", str(source), str(tmp_path / "x"), DELETE, "--threads", "1"]
+    assert main([*arguments, "--process", "0/2"]) == 0
+    rng = random.Random(seed)
+    path = rng.choice(sorted((workspace(tmp_path / "x") / "stand-ins").iterdir()))
+    sound = path.read_bytes()
+    flip_bit(path, rng) if seed % 3 else cut(path, rng)
+    if seed == 1:
+        path.write_bytes(b"\xff" * 8 + sound[8:])
+    one_line(capsys, arguments, f"{path}: damaged")
+    assert len(shards(source)) == 2
+    path.write_bytes(sound)
+    assert main(arguments) == 0
+    assert params(tmp_path / "x") == params(whole)
 
 
 def test_a_shard_that_changed_is_not_deleted(source, tmp_path, monkeypatch, capsys):
