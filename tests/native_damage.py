@@ -108,8 +108,6 @@ def together(native):
     relaid(STACKED, [1, 4, 32, 64], "float32", [1, 4, 32, 64], [digest])(native)
 
 
-HUGE = [2**20, 2**22]
-
 CASES = {
     # name: (how to damage, *what the one line says)
     "a chunk that is missing": (gone(CHUNK), "leaf head, chunk 0.0: is missing"),
@@ -213,17 +211,5 @@ CASES = {
         "leaf embedding has shape [97, 64], expected [96, 64]",
     ),
     "a config of a billion experts": (config(n_routed_experts=10**9), "n_routed_experts is"),
-    "sizes beyond memory": (
-        lambda native: (
-            config(vocab_size=HUGE[0], hidden_size=HUGE[1])(native),
-            manifest(lambda found: [_grow(each) for each in found["leaves"].values()])(native),
-        ),
-        "native",
-    ),
     "no weights": (pickled, "has no params, expected a native checkpoint"),
 }
-
-
-def _grow(entry):
-    for key in ("shape", "chunk"):
-        entry[key] = [{97: HUGE[0], 64: HUGE[1]}.get(size, size) for size in entry[key]]

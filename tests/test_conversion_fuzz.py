@@ -16,7 +16,20 @@ from tests.damage import SMALL, little_memory, make_checkpoints
 HUGE = [LARGEST_SIZE, 2**31, 10**9, 2**62, 2**63, 2**64, 10**30, 10**400, -1, -(2**63)]
 NUMBERS = st.integers(-3, 600) | st.sampled_from(HUGE) | st.floats()
 WORDS = st.sampled_from(
-    ["float32", "float8_e4m3fn", "O", "i4,i4", "full", "shared", "dense", "sparse", "F", "fp8"]
+    [
+        "float32",
+        "float8_e4m3fn",
+        "int8",
+        "uint8",
+        "O",
+        "i4,i4",
+        "full",
+        "shared",
+        "dense",
+        "sparse",
+        "F",
+        "fp8",
+    ]
     + ["../x", "/etc/passwd", "a\0b", "\ud800", "\x1b[2J", "default", "x" * 5000, "nan"]
     + ["model-00001-of-00003.safetensors", "model.safetensors", "ghost.safetensors"]
 )
@@ -66,7 +79,9 @@ CONFIG_PATHS = [(key,) for key in CONFIG_KEYS]
 CONFIG_PATHS += [("rope_parameters", "rope_theta"), ("rope_parameters", "rope_type")]
 NAMES = ["model.embed_tokens.weight", "lm_head.weight", "ghost", "\x1b[2J", ""]
 INDEX_PATHS = [("weight_map",), ("metadata",), *(("weight_map", name) for name in NAMES)]
-LEAVES = ["head", "norm", "segments.0.experts.1.up", "mtp.join", "ghost", "../../x"]
+EXPERTS = "segments.0.experts.1.up"
+LEAVES = ["head", "norm", "mtp.join", "ghost", "../../x"]
+LEAVES += [EXPERTS, f"{EXPERTS}.values", f"{EXPERTS}.scales"]
 MANIFEST_PATHS = [(key,) for key in ("format", "leaves", "metadata_sha256", "beside", "unknown")]
 MANIFEST_PATHS += [("beside", name) for name in ("config.json", "../x", "")]
 MANIFEST_PATHS += [("leaves", leaf) for leaf in LEAVES]
@@ -83,15 +98,22 @@ def made(tmp_path_factory):
         "config": folder / "source" / "config.json",
         "index": folder / "source" / INDEX_NAME,
         "manifest": folder / "native" / "params" / "manifest.json",
+        "manifest of few bits": folder / "few" / "params" / "manifest.json",
     }
     return folder, files, {name: path.read_bytes() for name, path in files.items()}
 
 
-PATHS = {"config": CONFIG_PATHS, "index": INDEX_PATHS, "manifest": MANIFEST_PATHS}
+PATHS = {
+    "config": CONFIG_PATHS,
+    "index": INDEX_PATHS,
+    "manifest": MANIFEST_PATHS,
+    "manifest of few bits": MANIFEST_PATHS,
+}
 COMMANDS = {
     "config": ["check", "source"],
     "index": ["check", "source"],
     "manifest": ["verify", "native", "--sample", "0.05", "--threads", "1"],
+    "manifest of few bits": ["verify", "few", "--sample", "0.05", "--threads", "1"],
 }
 
 

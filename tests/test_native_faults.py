@@ -13,7 +13,7 @@ from convert.__main__ import main
 from glm5_jax.errors import InputError
 from glm5_jax.tree_store import TreeReader
 from tests.damage import SHARDS, contents, cut, flip_bit, make_checkpoints, one_line, refused
-from tests.native_damage import CASES, CHUNK, MANIFEST, METADATA, ZARRAY
+from tests.native_damage import CASES, CHUNK, MANIFEST, METADATA, ZARRAY, config, relaid
 
 SEEDS = 24
 
@@ -90,6 +90,14 @@ def test_a_flipped_bit_of_what_was_made_of_it_is_found(made, tmp_path, capsys, s
     path = tmp_path / "back" / rng.choice(list(record["written"]))
     flip_bit(path, rng)
     one_line(capsys, ["verify", tmp_path / "back"], str(tmp_path / "back"))
+
+
+def test_no_memory_is_taken_for_a_chunk_that_is_not_there(native, capsys):
+    config(vocab_size=2**24)(native)
+    for name in ("embedding", "head"):
+        relaid(name, [2**24, 64], "float32", [2**24, 64], [""])(native)
+    said = "chunk 0.0: damaged, has 24,832 bytes, expected 4,294,967,296"
+    one_line(capsys, ["verify", native], f"leaf embedding, {said}", f"leaf head, {said}")
 
 
 def test_a_repaired_source_is_converted_with_what_was_done(made, native, tmp_path, capsys):

@@ -176,7 +176,10 @@ FORMAT = {"format": "glm5-jax conversion 1"}
         {"written": []},
         FORMAT | {"written": {"a": 3}},
         FORMAT | {"written": {"a": {"size": "abc", "sha256": ""}}},
-        FORMAT | {"written": {"../a": {"size": 1, "sha256": ""}}},
+        *(
+            FORMAT | {"written": {name: {"size": 1, "sha256": ""}}}
+            for name in ("../a", "a\0b", "\ud800", "", "/dev/zero")
+        ),
     ],
 )
 def test_a_damaged_record_is_named(made, tmp_path, capsys, record):
