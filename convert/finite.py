@@ -1,7 +1,15 @@
 """Weights that are NaN or infinite."""
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
+
+from glm5_jax.console import notice
+from glm5_jax.errors import InputError
+from glm5_jax.published.families import by_family
+from glm5_jax.remote import AnyPath
 
 # The bits that are all set in what is not finite: those of the exponent, and of float8 e4m3 all
 # but the sign, for it has no infinity and one NaN.
@@ -26,3 +34,27 @@ def num_not_finite(array: np.ndarray) -> int:
         if exponents.max(initial=0) == mask:  # faster than counting, and hardly ever so
             count += int(np.count_nonzero(exponents == mask))
     return count
+
+
+def tell_not_finite(
+    directory: AnyPath, records: Iterable[Mapping[str, Any]], *, strict: bool
+) -> None:
+    """Tells of weights of a source that are NaN or infinite, or became it by rounding.
+
+    Args:
+      records: of all shards; `not_finite` counts such weights by tensors.
+
+    Raises:
+      InputError: there are some, and they are refused.
+    """
+    found = {name: count for record in records for name, count in record["not_finite"].items()}
+    if not found:
+        return
+    families = by_family((name, "has weights that are NaN or infinite") for name in found)
+    said = "; ".join(
+        f"{subject} {what} ({sum(found[name] for name in names):,})"
+        for subject, what, names in families
+    )
+    if strict:
+        raise InputError(f"{directory}: {said}; refused by --strict")
+    notice(f"{directory}: {said}")

@@ -23,7 +23,7 @@ from convert.conversion import (
     report,
 )
 from convert.deletion import Deletion, check_deletion, opener_for
-from convert.finite import num_not_finite
+from convert.finite import num_not_finite, tell_not_finite
 from convert.journal import Record
 from convert.native_layout import (
     are_put,
@@ -41,9 +41,7 @@ from convert.workspace import Workspace, open_workspace
 from glm5_jax.atomic import sync
 from glm5_jax.checkpoint import CONFIG_NAME, PARAMS_NAME, write_text_files
 from glm5_jax.chunks import Layout
-from glm5_jax.console import Advance, notice
-from glm5_jax.errors import InputError
-from glm5_jax.published.families import by_family
+from glm5_jax.console import Advance
 from glm5_jax.published.names import published_tensors
 from glm5_jax.published.source import PublishedSource
 from glm5_jax.published.storage import Data, Opener
@@ -184,7 +182,7 @@ class _Conversion:
         with self._workspace.finishing(sizes) as records:
             if records is None:
                 return None
-            self._tell_not_finite(records)
+            tell_not_finite(self._source.directory, records.values(), strict=self._effort.strict)
             deletion.catch_up()
             self._commit(records)
         num_tensors = sum(place.spread is None for place in self._places.values())
@@ -231,7 +229,7 @@ class _Conversion:
             "shard": shard,
             "size": file.version.size,
             "sha256": digest.hexdigest() if whole else None,
-            "not_finite": {name: count for name, count in not_finite.items() if count},
+            "not_finite": dict(+not_finite),
             "chunks": [chunk.entry for chunk in chunks],
         }
 
@@ -258,24 +256,6 @@ class _Conversion:
         digest = self._writer.put(leaf, part.position, chunk)
         entry = [leaf, part.position, digest]
         return _Put(name, num_not_finite(stored) or num_not_finite(chunk), entry)
-
-    def _tell_not_finite(self, records: dict[str, Record]) -> None:
-        """Tells of weights that are NaN or infinite, or refuses them."""
-        found = {
-            name: count
-            for record in records.values()
-            for name, count in record["not_finite"].items()
-        }
-        if not found:
-            return
-        families = by_family((name, "has weights that are NaN or infinite") for name in found)
-        said = "; ".join(
-            f"{subject} {what} ({sum(found[name] for name in names):,})"
-            for subject, what, names in families
-        )
-        if self._effort.strict:
-            raise InputError(f"{self._source.directory}: {said}; refused by --strict")
-        notice(f"{self._source.directory}: {said}")
 
     def _commit(self, records: dict[str, Record]) -> None:
         if self._writer is None:

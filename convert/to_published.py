@@ -1,13 +1,13 @@
 """Native checkpoints to published ones, shard by shard."""
 
 import contextlib
-import functools
 import hashlib
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from convert.conversion import (
     copy_along,
     report,
 )
+from convert.finite import num_not_finite, tell_not_finite
 from convert.journal import Record
 from convert.native_layout import FLOAT8, num_bytes
 from convert.pipeline import Pipeline
@@ -69,7 +70,12 @@ def to_published(
             "dtype": None if dtype is None else jnp.dtype(dtype).name,
         }
         with open_workspace(
-            destination, plan, effort.share, is_there=_is_there, restart=effort.restart
+            destination,
+            plan,
+            effort.share,
+            keys=("not_finite",),
+            is_there=_is_there,
+            restart=effort.restart,
         ) as workspace:
             return _Conversion(source, shards, dtype, workspace, effort).run()
 
@@ -115,6 +121,14 @@ def _opened(
         yield source, split_shards(entries, shard_bytes)
 
 
+class _Read(NamedTuple):
+    """A portion of a tensor, as it is written."""
+
+    tensor: str
+    rows: np.ndarray
+    num_not_finite: int
+
+
 class _Conversion:
     """One run of the command."""
 
@@ -141,13 +155,14 @@ class _Conversion:
         with self._workspace.finishing(sizes) as records:
             if records is None:
                 return None
+            tell_not_finite(self._source.directory, records.values(), strict=self._effort.strict)
             self._commit(records)
         entries = (entry for shard in self._shards.values() for entry in shard)
         return Converted(_num_tensors(entries), sum(sizes.values()))
 
     def _write(self, shard: str, pipeline: Pipeline, advance: Advance) -> Record:
         """Writes a shard from start to end, while the chunks of what follows are being read."""
-        digest = hashlib.sha256()
+        digest, not_finite = hashlib.sha256(), Counter[str]()
         unfinished = self._workspace.partial(shard)
         with unfinished.open("wb", buffering=0) as file:
 
@@ -156,29 +171,41 @@ class _Conversion:
                 write_all(file, memoryview(data))
 
             write(file_header(self._shards[shard]))
-            for rows in pipeline.ahead(self._portions(shard)):
+            for name, rows, count in pipeline.ahead(self._portions(shard)):
                 write(rows.view(np.uint8).reshape(-1).data)
                 advance(rows.nbytes)
+                not_finite[name] += count
             os.fsync(file.fileno())
             size = file.tell()
         unfinished.replace(self._workspace.content / shard)
-        return {"shard": shard, "size": size, "sha256": digest.hexdigest()}
+        return {
+            "shard": shard,
+            "size": size,
+            "sha256": digest.hexdigest(),
+            "not_finite": dict(+not_finite),
+        }
 
-    def _portions(self, shard: str) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
+    def _portions(self, shard: str) -> Iterator[tuple[int, Callable[[], _Read]]]:
         for entry in self._shards[shard]:
             if entry.name.endswith(SCALE_SUFFIX):
                 name = entry.name.removesuffix(SCALE_SUFFIX)
-                yield entry.num_bytes, functools.partial(self._source.scales, name)
+
+                def read_scales(entry: Entry = entry, name: str = name) -> _Read:
+                    scales = self._source.scales(name)
+                    return _Read(entry.name, scales, num_not_finite(scales))
+
+                yield entry.num_bytes, read_scales
                 continue
             row_bytes = entry.num_bytes // entry.shape[0]
             for start, stop in self._source.blocks(entry.name):
 
-                def read(entry: Entry = entry, start: int = start, stop: int = stop) -> np.ndarray:
+                def read(entry: Entry = entry, start: int = start, stop: int = stop) -> _Read:
                     read_rows = self._source.read
                     if entry.dtype == FLOAT8.kind:
                         read_rows = self._source.read_kept
                     rows = read_rows(entry.name, start, stop)
-                    return np.ascontiguousarray(rows.astype(entry.dtype, copy=False))
+                    rows = np.ascontiguousarray(rows.astype(entry.dtype, copy=False))
+                    return _Read(entry.name, rows, num_not_finite(rows))
 
                 # As written, and as stored, where it may be twice as wide.
                 yield 3 * row_bytes * (stop - start), read

@@ -7,13 +7,25 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from convert.__main__ import main
 from glm5_jax.errors import InputError
 from glm5_jax.tree_store import TreeReader
-from tests.damage import SHARDS, contents, cut, flip_bit, make_checkpoints, one_line, refused
+from tests.damage import (
+    SHARDS,
+    SMALL,
+    contents,
+    cut,
+    flip_bit,
+    make_checkpoints,
+    one_line,
+    refused,
+    weights,
+)
 from tests.native_damage import CASES, CHUNK, MANIFEST, METADATA, ZARRAY, config, relaid
+from tests.tiny import write_published
 
 SEEDS = 24
 
@@ -98,6 +110,26 @@ def test_no_memory_is_taken_for_a_chunk_that_is_not_there(native, capsys):
         relaid(name, [2**24, 64], "float32", [2**24, 64], [""])(native)
     said = "chunk 0.0: damaged, has 24,832 bytes, expected 4,294,967,296"
     one_line(capsys, ["verify", native], f"leaf embedding, {said}", f"leaf head, {said}")
+
+
+@pytest.mark.parametrize("becomes", ["NaN", "infinite where it is rounded"])
+def test_weights_that_are_not_finite_are_told_of_and_refused_if_asked(tmp_path, capsys, becomes):
+    spoilt = dict(weights())
+    for name in ("model.norm.weight", "lm_head.weight"):
+        spoilt[name] = spoilt[name].copy()
+        spoilt[name].flat[5] = np.nan if becomes == "NaN" else 3.4e38
+    source = write_published(tmp_path / "source", SMALL, spoilt, num_shards=3)
+    assert main(["from-hf", str(source), str(tmp_path / "native")]) == 0
+    arguments = ["to-hf", tmp_path / "native", tmp_path / "x", "--dtype", "bfloat16"]
+    said = [
+        f"{name} has weights that are NaN or infinite (1)"
+        for name in ("model.norm.weight", "lm_head.weight")
+    ]
+    one_line(capsys, [*arguments, "--strict"], *said, "refused by --strict")
+    assert not (tmp_path / "x").exists()
+    assert main(list(map(str, arguments))) == 0
+    error = capsys.readouterr().err
+    assert all(phrase in error for phrase in said)
 
 
 def test_a_repaired_source_is_converted_with_what_was_done(made, native, tmp_path, capsys):

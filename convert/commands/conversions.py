@@ -54,11 +54,7 @@ def add(commands: Any) -> None:
         help="how to keep weights that are published as float8: as they are, with their scales, or "
         "multiplied out (default: to the dtype in config.json)",
     )
-    command.add_argument(
-        "--strict",
-        action="store_true",
-        help="make nothing of weights some of which are NaN or infinite, which are named anyway",
-    )
+    _add_strict(command)
     command.add_argument(
         "--delete-source-shards",
         action="store_true",
@@ -83,6 +79,7 @@ def add(commands: Any) -> None:
         choices=["bfloat16", "float32"],
         help="round weights to it, but for router biases (default: as they are)",
     )
+    _add_strict(command)
     add_effort(command)
     command = add_command(
         commands,
@@ -98,6 +95,14 @@ def add(commands: Any) -> None:
     command.add_argument("destination", type=on_disk, metavar="DST", help="must not exist")
     command.add_argument("--to", choices=["float8", "int8", "int4"], required=True)
     add_effort(command)
+
+
+def _add_strict(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--strict",
+        action="store_true",
+        help="make nothing of weights some of which are NaN or infinite, which are named anyway",
+    )
 
 
 def _from_hf(args: argparse.Namespace) -> int:
