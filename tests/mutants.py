@@ -164,9 +164,30 @@ MUTANTS = [
     Mutant(
         "float8 divided by its scales",
         "glm5_jax/published/fp8.py",
-        "* columns[block]",
-        "/ columns[block]",
+        "astype(np.float32) * scale",
+        "astype(np.float32) / scale",
         "tests/test_fp8.py",
+    ),
+    Mutant(
+        "blocks of few bits that lie across each other's scales",
+        "glm5_jax/quantized.py",
+        "for size in (count, 1)]",
+        "for size in (1, count)]",
+        "tests/test_quantized.py",
+    ),
+    Mutant(
+        "four bits without a sign",
+        "glm5_jax/quantized.py",
+        "return (values ^ 8) - 8",
+        "return values",
+        "tests/test_quantized.py",
+    ),
+    Mutant(
+        "float8 heads that take the scale of the block before",
+        "glm5_jax/quantization.py",
+        "first = np.arange(count) * (shape[axis] // count)",
+        "first = np.maximum(np.arange(count) * (shape[axis] // count) - 1, 0)",
+        "tests/test_quantized.py",
     ),
     Mutant(
         "partial float8 blocks left out",
