@@ -59,7 +59,11 @@ def read_journals(directory: Path, keys: Collection[str]) -> dict[str, Record]:
     wanted = {"shard", "size", "sha256", *keys}
     records: dict[str, Record] = {}
     for path in journals(directory):
-        for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            lines = path.read_bytes().splitlines(keepends=True)
+        except FileNotFoundError:  # another process has finished, and removes the folder
+            continue
+        for line in lines:
             if not line.endswith(b"\n"):  # it is being written, or was when it was cut off
                 continue
             with contextlib.suppress(InputError):

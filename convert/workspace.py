@@ -63,7 +63,8 @@ class Workspace:
         """The same, when they are on the disk: a process may be killed before it sees to that."""
         records = self.read_records()
         for path in journals(self.directory):
-            sync(path)
+            with contextlib.suppress(FileNotFoundError):  # as above
+                sync(path)
         return records
 
     def look_once(self, look: Callable[[], None]) -> None:
@@ -181,6 +182,7 @@ def open_workspace(
             directory.mkdir(exist_ok=True)
             own.touch()
         except OSError:
+            refuse_finished(destination)  # the folder goes when another process has made it
             with contextlib.suppress(OSError):
                 directory.rmdir()  # if nobody else was here
             raise

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from convert import quantize, to_native, to_published
+from convert import journal, quantize, to_native, to_published
+from convert import workspace as workspaces
 from convert.__main__ import main
 from tests.tiny import TINY, float8_weights, random_weights, write_published
 from tests.together import run_together
@@ -419,6 +420,29 @@ def test_nothing_is_thrown_away_that_another_process_works_on(
         assert main(arguments) == 0
     assert "another process is converting to it" in capsys.readouterr().err
     assert main(other) == 0
+    assert contents(tmp_path / "x") == contents(whole[direction])
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_folder_that_goes_while_it_is_looked_at_is_no_fault(
+    source, native, whole, direction, tmp_path, monkeypatch, capsys
+):
+    """Another process has finished, and removes its files between being listed and being read."""
+    listed, remove = journal.journals, shutil.rmtree
+    arguments = command(direction, source, native, tmp_path / "x", "--process", "0/2")
+    other = command(direction, source, native, tmp_path / "x", "--process", "1/2")
+    assert main(arguments) == 0
+
+    def gone(directory):
+        found = listed(directory)
+        if (tmp_path / "x").exists():
+            remove(directory, ignore_errors=True)
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, "journals", gone)
+        patched.setattr(workspaces.shutil, "rmtree", lambda *_, **__: None)
+        assert main(other) == 0
     assert contents(tmp_path / "x") == contents(whole[direction])
 
 
