@@ -150,6 +150,6 @@ def test_what_a_file_says_is_true_or_one_line(made, name, data):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PATHS)
 @hypothesis.given(st.data())
-@hypothesis.settings(max_examples=10_000)
+@hypothesis.settings(max_examples=10_000 // len(PATHS))
 def test_ten_thousand_files_that_may_say_anything(made, name, data):
     check_one(made, name, data)
