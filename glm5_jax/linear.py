@@ -1,11 +1,12 @@
 """Products with weights, accumulated in float32."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
-from glm5_jax.collectives import alike
+from glm5_jax.collectives import alike, platform
 
 
 def project(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -39,7 +40,30 @@ def _product(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _accumulated(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    if platform() == "cpu" and (product := _product_of_matrices(subscripts, x, weight)) is not None:
+        return product
     return jnp.einsum(subscripts, x, weight, preferred_element_type=jnp.float32)
+
+
+def _product_of_matrices(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array | None:
+    """The einsum as one product of matrices, if what is summed over comes last in both operands.
+
+    Of a weight with more axes, XLA's CPU backend (0.10) would make a transposed copy.
+    """
+    operands, result = subscripts.split("->")
+    x_axes, weight_axes = operands.split(",")
+    outer = x_axes.rstrip(weight_axes)
+    summed = x_axes[len(outer) :]
+    if not summed or result + summed != outer + weight_axes:
+        return None
+    num_summed = math.prod(x.shape[len(outer) :])
+    product = jax.lax.dot_general(
+        x.reshape(-1, num_summed),
+        weight.reshape(-1, num_summed),
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    return product.reshape(*x.shape[: len(outer)], *weight.shape[: -len(summed)])
 
 
 def _widened(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
