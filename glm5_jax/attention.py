@@ -8,7 +8,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from glm5_jax.cache import Rows
-from glm5_jax.collectives import MODEL, Axes, gathered, largest, padded, total, total_share
+from glm5_jax.collectives import (
+    MODEL,
+    Axes,
+    gathered,
+    largest,
+    padded,
+    platform,
+    total,
+    total_share,
+)
 from glm5_jax.config import Config, MlaConfig
 from glm5_jax.linear import project, project_f32
 from glm5_jax.norm import rms_norm
@@ -126,7 +135,7 @@ class Attention(nnx.Module):
         num_keys, per_key = slots.held, 2 * num_heads
         if form == "gathered" and topk is not None:
             num_keys, per_key = topk, self.config.row_dim + 2 * num_heads
-        length = block_length(bytes_per_query=4 * batch * num_keys * per_key)
+        length = block_length(4 * batch * num_keys * per_key, gathers=form == "gathered")
         chosen = selection._replace(log_share=None)  # a share of the queries only, and not needed
         attended = map_queries(attend_part, length, asked, query_places, chosen)
         if attended.mass is not None:
@@ -234,10 +243,12 @@ def gathered_attention(
     query_BTNA: jax.Array, rows_BTKA: jax.Array, valid_BTK: jax.Array, *, scale: float
 ) -> Attended:
     """`latent_attention` where every query has its own K rows; the work is O(K) per query."""
-    scores_BTNK = project_f32("BTNA,BTKA->BTNK", query_BTNA, rows_BTKA) * scale
-    probs_BTNK, log_total_BTN = _softmax(scores_BTNK, valid_BTK[:, :, None])
-    sums_BTNA = project("BTNK,BTKA->BTNA", probs_BTNK.astype(rows_BTKA.dtype), rows_BTKA)
-    return Attended(sums_BTNA, jnp.sum(probs_BTNK, axis=2), log_total_BTN)
+    # XLA's CPU backend is up to seven times as fast with the rows as the left operand.
+    order, keys = ("BTKN", 2) if platform() == "cpu" else ("BTNK", 3)
+    scores = project_f32(f"BTKA,BTNA->{order}", rows_BTKA, query_BTNA) * scale
+    probs, log_total_BTN = _softmax(scores, jnp.expand_dims(valid_BTK, 5 - keys), axis=keys)
+    sums_BTNA = project(f"{order},BTKA->BTNA", probs.astype(rows_BTKA.dtype), rows_BTKA)
+    return Attended(sums_BTNA, jnp.sum(probs, axis=5 - keys), log_total_BTN)
 
 
 def merged(attended: Attended, axes: Axes) -> jax.Array:
@@ -253,10 +264,10 @@ def merged(attended: Attended, axes: Axes) -> jax.Array:
     return total_share(weighted, axes, dim=2)
 
 
-def _softmax(scores: jax.Array, seen: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Softmax over the seen entries of the last axis, and the logarithm of its denominator.
+def _softmax(scores: jax.Array, seen: jax.Array, axis: int = -1) -> tuple[jax.Array, jax.Array]:
+    """Softmax over the seen entries of an axis, and the logarithm of its denominator.
 
     Hidden scores are finite: a query that sees nothing, as padding does, must not yield NaN.
     """
     scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
-    return jax.nn.softmax(scores, axis=-1), jax.nn.logsumexp(scores, axis=-1)
+    return jax.nn.softmax(scores, axis=axis), jax.nn.logsumexp(scores, axis=axis)

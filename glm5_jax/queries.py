@@ -14,15 +14,23 @@ Result = TypeVar("Result")
 # accelerator, so large that the keys, which every block reads again, are not read often.
 BLOCK_BYTES = 32 * 2**20
 _ACCELERATOR_BLOCK_BYTES = 2**30
+# On a CPU, of rows that are gathered to be used at once: what fits the cache of a core or two.
+_GATHERED_BLOCK_BYTES = 4 * 2**20
 
 # A multiply-add on a gathered row costs about this many on rows read in order: from 3.3 to 4.7 on
 # two x86 cores with 256 rows per query.
 GATHER_COST = 4.0
 
 
-def block_length(bytes_per_query: int) -> int:
-    """How many queries fit a block."""
+def block_length(bytes_per_query: int, *, gathers: bool = False) -> int:
+    """How many queries fit a block.
+
+    Args:
+      gathers: whether most of it are rows that each query gathers for itself.
+    """
     most = BLOCK_BYTES if platform() == "cpu" else _ACCELERATOR_BLOCK_BYTES
+    if gathers and platform() == "cpu":
+        most = _GATHERED_BLOCK_BYTES
     return max(1, most // bytes_per_query)
 
 
