@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from glm5_jax.cache import Rows
+from glm5_jax.candidates import Candidates, best_of_all_shards, highest, within_sight
 from glm5_jax.collectives import (
     MODEL,
     alike,
@@ -101,13 +101,19 @@ class Indexer(nnx.Module):
         keys_BSJ = keys.all() if num_pages is None else None
 
         def propose(query_BTIJ: jax.Array, gate_BTI: jax.Array, places: Places) -> Candidates:
-            if keys_BSJ is not None:
-                scores_BTS = index_scores(query_BTIJ, keys_BSJ, gate_BTI)
-            else:
-                end = jnp.max(places.position_BT) + 1
-                scores_BTS = _scores_by_page(query_BTIJ, keys, gate_BTI, num_pages, end)
-            masked_BTS = jnp.where(visible(places, key_places), scores_BTS, -jnp.inf)
-            return Candidates(*jax.lax.top_k(masked_BTS, most))
+            seen_BTS = visible(places, key_places)
+
+            def among_first(num_slots: int) -> Candidates:
+                if keys_BSJ is not None:
+                    scores_BTS = index_scores(query_BTIJ, keys_BSJ[:, :num_slots], gate_BTI)
+                else:
+                    end = jnp.max(places.position_BT) + 1
+                    scores_BTS = _scores_by_page(query_BTIJ, keys, gate_BTI, num_pages, end)
+                    scores_BTS = scores_BTS[..., :num_slots]
+                masked_BTS = jnp.where(seen_BTS[..., :num_slots], scores_BTS, -jnp.inf)
+                return highest(masked_BTS, most)
+
+            return within_sight(seen_BTS, most, among_first)
 
         batch, num_queries, _ = x_BTD.shape
         length = block_length(bytes_per_query=3 * 4 * batch * slots.held)
@@ -115,7 +121,7 @@ class Indexer(nnx.Module):
             query_BTIJ = gathered(self.queries(latent_BTQ, turn), (MODEL,), 2)
             found = map_queries(propose, length, query_BTIJ, self.gates(x_BTD), query_places)
             found = found._replace(index_BTK=slots.position(found.index_BTK))
-            found = _best_of_all_shards(found, self.config.topk)
+            found = best_of_all_shards(found, self.config.topk)
         else:
             found = map_queries(
                 propose, length, *self._shared(x_BTD, latent_BTQ, turn, query_places)
@@ -171,35 +177,6 @@ class Indexer(nnx.Module):
         selection = jax.tree.map(lambda leaf_BTK: share(leaf_BTK, (MODEL,), 1), selection)
         queries = self._shared(x_BTD, latent_BTQ, turn, places)
         return map_queries(share_block, length, *queries, selection)
-
-
-class Candidates(NamedTuple):
-    """Tokens of highest score among some: the highest first, of equals the lowest position."""
-
-    score_BTK: jax.Array
-    index_BTK: jax.Array
-
-
-def _best_of_all_shards(found: Candidates, topk: int) -> Candidates:
-    """The best of the shards' candidates; each device settles this for its share of the queries.
-
-    Shards take turns along a sequence, so among equal scores the lowest position is sought.
-    """
-    batch, num_queries, _ = found.index_BTK.shape
-
-    def assemble(part_BTK: jax.Array) -> jax.Array:
-        by_query = padded(part_BTK.reshape(batch * num_queries, -1), (MODEL,), 0)
-        return exchanged(by_query, (MODEL,), split=0, join=1)
-
-    scores, positions = map(assemble, found)
-    falling, positions = jax.lax.sort((-scores, positions), num_keys=2)
-    chosen = (-falling[:, :topk], positions[:, :topk])
-    return Candidates(
-        *(
-            joined(part, (MODEL,), 0, batch * num_queries).reshape(batch, num_queries, topk)
-            for part in chosen
-        )
-    )
 
 
 def index_scores(query_BTIJ: jax.Array, keys_BSJ: jax.Array, gate_BTI: jax.Array) -> jax.Array:

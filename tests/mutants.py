@@ -79,8 +79,8 @@ MUTANTS = [
     Mutant(
         "mask after top-k",
         "glm5_jax/indexer.py",
-        "jax.lax.top_k(masked_BTS, most)",
-        "jax.lax.top_k(scores_BTS, most)",
+        "highest(masked_BTS, most)",
+        "highest(scores_BTS, most)",
         "tests/test_model.py tests/test_indexer.py",
     ),
     Mutant(

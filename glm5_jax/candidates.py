@@ -1,0 +1,92 @@
+"""The tokens of highest score: chosen exactly, and no more of them looked at than need be."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from glm5_jax.collectives import MODEL, exchanged, joined, padded, platform
+
+# How many lengths of a sequence a program has versions for, on a CPU.
+_LENGTHS = 4
+# What `_bound` is found by, where there are so many times more tokens than are wanted.
+_HALVINGS, _MANY = 6, 4
+
+
+class Candidates(NamedTuple):
+    """Tokens of highest score among some: the highest first, of equals the lowest position."""
+
+    score_BTK: jax.Array
+    index_BTK: jax.Array
+
+
+def highest(score_BTS: jax.Array, most: int) -> Candidates:
+    """The `most` tokens of highest score; of equals the lowest position first."""
+    if platform() == "cpu" and score_BTS.shape[-1] >= _MANY * most:
+        score_BTS = jnp.where(score_BTS >= _bound(score_BTS, most), score_BTS, -jnp.inf)
+    return Candidates(*jax.lax.top_k(score_BTS, most))
+
+
+def _bound(score_BTS: jax.Array, most: int) -> jax.Array:
+    """A score that at least `most` tokens reach, and not many more; BT1.
+
+    XLA's CPU backend (0.10) puts on a heap every token that is higher than all but `most` of those
+    before it. Without those that come to nothing this takes half the time, which pays for finding
+    the bound several times over.
+    """
+    low_BT1 = jnp.min(score_BTS, -1, keepdims=True, where=score_BTS > -jnp.inf, initial=jnp.inf)
+    high_BT1 = jnp.max(score_BTS, -1, keepdims=True)
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low_BT1, high_BT1 = bounds
+        middle_BT1 = low_BT1 / 2 + high_BT1 / 2
+        above_BT1 = jnp.sum(score_BTS >= middle_BT1, -1, keepdims=True, dtype=jnp.int32)
+        reached_BT1 = above_BT1 >= most
+        return (
+            jnp.where(reached_BT1, middle_BT1, low_BT1),
+            jnp.where(reached_BT1, high_BT1, middle_BT1),
+        )
+
+    return jax.lax.fori_loop(0, _HALVINGS, halve, (low_BT1, high_BT1))[0]
+
+
+def within_sight(
+    seen_BTS: jax.Array, least: int, among_first: Callable[[int], Candidates]
+) -> Candidates:
+    """The candidates among so many first slots that no query sees any further.
+
+    On a CPU, where a program may as well have a few versions of itself: reading a prompt then takes
+    little more than half the work.
+    """
+    num_slots = seen_BTS.shape[-1]
+    if platform() != "cpu":
+        return among_first(num_slots)
+    lengths = [num_slots * part // _LENGTHS for part in range(1, _LENGTHS)]
+    lengths = [*(length for length in lengths if length >= least), num_slots]
+    last = jnp.max(jnp.where(seen_BTS, jnp.arange(num_slots), 0))
+    shorter = jnp.sum(last >= jnp.array(lengths[:-1], jnp.int32), dtype=jnp.int32)
+    return jax.lax.switch(shorter, [functools.partial(among_first, n) for n in lengths])
+
+
+def best_of_all_shards(found: Candidates, topk: int) -> Candidates:
+    """The best of the shards' candidates; each device settles this for its share of the queries.
+
+    Shards take turns along a sequence, so among equal scores the lowest position is sought.
+    """
+    batch, num_queries, _ = found.index_BTK.shape
+
+    def assemble(part_BTK: jax.Array) -> jax.Array:
+        by_query = padded(part_BTK.reshape(batch * num_queries, -1), (MODEL,), 0)
+        return exchanged(by_query, (MODEL,), split=0, join=1)
+
+    scores, positions = map(assemble, found)
+    falling, positions = jax.lax.sort((-scores, positions), num_keys=2)
+    chosen = (-falling[:, :topk], positions[:, :topk])
+    return Candidates(
+        *(
+            joined(part, (MODEL,), 0, batch * num_queries).reshape(batch, num_queries, topk)
+            for part in chosen
+        )
+    )
