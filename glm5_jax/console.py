@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, Protocol
 
 from glm5_jax.atomic import remove_unfinished
+from glm5_jax.compiled import keep_compiled_programs
 from glm5_jax.errors import InputError
 
 
@@ -60,6 +61,7 @@ def run_command(parser: Parser, arguments: Sequence[str] | None) -> int:
     of the program keep their traceback.
     """
     args = parser.parse_args(arguments)
+    keep_compiled_programs()
     try:
         with _ended_by_signals(parser.prog):
             status: int = args.run(args)

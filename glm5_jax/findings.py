@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 
 import jax
 
+from glm5_jax.compiled import VARIABLE
+
 Level = Literal["ok", "note", "problem"]
 
 PACKAGES = (
@@ -179,11 +181,11 @@ def check_machine() -> Iterator[Finding]:
         else:
             yield Finding(name, "ok", found)
     cache = jax.config.values["jax_compilation_cache_dir"]
-    if cache is None:
-        advice = "set JAX_COMPILATION_CACHE_DIR to a folder: the next start compiles nothing again"
+    if not cache:
+        advice = f"set {VARIABLE} to a folder: the next start compiles nothing again"
         yield Finding("compilation cache", "note", "none", advice)
     elif "://" not in cache and Path(cache).exists() and not os.access(cache, os.W_OK):
-        advice = "set JAX_COMPILATION_CACHE_DIR to a folder of your own"
+        advice = f"set {VARIABLE} to a folder of your own"
         yield Finding("compilation cache", "problem", f"{cache} cannot be written", advice)
     else:
         yield Finding("compilation cache", "ok", cache)

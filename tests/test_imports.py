@@ -15,7 +15,7 @@ FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob(
 
 # From the bottom up: a file imports only from the lines before its own, or its own.
 ORDER = [
-    ["errors", "remote"],
+    ["errors", "remote", "compiled"],
     ["plain_files"],
     ["strict_json", "layers", "console", "atomic", "chunks", "config_keys", "bits"],
     ["rendezvous", "cluster", "coordination", "processes", "findings", "models", "quantized"],
