@@ -1,0 +1,91 @@
+"""What is compared with: transformers' GLM-5, whose attention to few tokens is a mask over all."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.workload import Work, remembered
+
+
+class Setting(NamedTuple):
+    """How transformers is told to compute."""
+
+    attention: str = "eager"  # or sdpa
+    experts: str = "eager"  # or grouped_mm, batched_mm
+    compiled: bool = False  # by torch.compile
+
+    def __str__(self) -> str:
+        return f"{self.attention}, {self.experts}" + (", compiled" if self.compiled else "")
+
+
+def settings(kind: str) -> list[Setting]:
+    """Those that may be the fastest for a kind of work.
+
+    batched_mm copies every token's experts, which for more than a few tokens takes tens of times
+    as long; experts one by one (eager) leave torch.compile nothing whole to compile.
+    """
+    experts = ["eager", "grouped_mm", *(["batched_mm"] if kind == "decode" else [])]
+    attentions = ["eager", "sdpa"]
+    plain = [Setting(attention, each) for attention in attentions for each in experts]
+    return plain + [
+        Setting(attention, each, compiled=True) for attention in attentions for each in experts[1:]
+    ]
+
+
+def make(checkpoint: Path, work: Work, setting: Setting) -> Callable[[], np.ndarray]:
+    """A `contest.Maker`; the output is the last logits, or the loss and the gradients' norm."""
+    import torch
+    from transformers import GlmMoeDsaForCausalLM, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model = GlmMoeDsaForCausalLM.from_pretrained(
+        checkpoint,
+        dtype=getattr(torch, work.dtype),
+        attn_implementation=setting.attention,
+        experts_implementation=setting.experts,
+    ).eval()
+    tokens = torch.from_numpy(work.tokens().astype(np.int64))
+    run = torch.compile(model) if setting.compiled else model
+
+    def prefill() -> np.ndarray:
+        with torch.no_grad():
+            return run(tokens, use_cache=True, logits_to_keep=1).logits[:, -1].float().numpy()
+
+    def train() -> np.ndarray:
+        model.zero_grad()
+        loss = run(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
+        return np.array([loss.item(), torch.stack(squares).sum().sqrt().item()])
+
+    if work.kind == "prefill":
+        return prefill
+    return train if work.kind == "train" else _decode(model, run, tokens, work)
+
+
+def _decode(model: Any, run: Any, tokens: Any, work: Work) -> Callable[[], np.ndarray]:
+    """One token after so many, which are in the cache; each time the same, for the cache is cut."""
+    import torch
+    from transformers import DynamicCache
+
+    cache: Any = DynamicCache(config=model.config)
+    rank = model.config.kv_lora_rank
+    for layer, kind in enumerate(model.config.indexer_types):
+        rows, keys = (torch.from_numpy(each).to(model.dtype) for each in remembered(work, layer))
+        cache.update(rows[:, None, :, :rank], rows[:, None, :, rank:], layer)
+        if kind == "full":
+            cache.update_indexer(keys, layer)
+
+    def decode() -> np.ndarray:
+        with torch.no_grad():
+            logits = run(tokens, past_key_values=cache, use_cache=True).logits[:, -1]
+        for layer in cache.layers:
+            layer.crop(-1)
+        return logits.float().numpy()
+
+    return decode

@@ -1,0 +1,74 @@
+"""What is measured: a model, and what it is to do."""
+
+import json
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import ml_dtypes  # noqa: F401 - names bfloat16 to numpy
+import numpy as np
+from safetensors.numpy import save_file
+
+from glm5_jax.config import Config
+from glm5_jax.presets import load_preset
+from glm5_jax.published.names import published_tensors
+
+WEIGHTS = Path("build/benchmarks")
+
+
+class Work(NamedTuple):
+    """One row of a table."""
+
+    # prefill: read `length` tokens, and keep them in a cache; decode: one more token after
+    # `length`; train: the gradient of the loss of the next token.
+    kind: Literal["prefill", "decode", "train"]
+    preset: str
+    dtype: str
+    batch: int
+    length: int
+
+    def tokens(self) -> np.ndarray:
+        """What is read, at random."""
+        length = 1 if self.kind == "decode" else self.length
+        vocabulary = load_preset(self.preset).config.vocab_size
+        return np.random.default_rng(0).integers(1, vocabulary, (self.batch, length), np.int32)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens are read in one run."""
+        return self.batch * (1 if self.kind == "decode" else self.length)
+
+
+def remembered(work: Work, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows BSA and index keys BSJ that a layer's cache has to begin with, of unit size."""
+    config = load_preset(work.preset).config
+    rng = np.random.default_rng([1, layer])
+    shape = (work.batch, work.length)
+    rows = rng.standard_normal((*shape, config.mla.row_dim), np.float32)
+    return rows, rng.standard_normal((*shape, config.indexer.head_dim), np.float32)
+
+
+def checkpoint(preset: str) -> Path:
+    """A published checkpoint of the preset's sizes with random weights, made if it is not there.
+
+    Its latent norms have transformers' epsilon, which is not what the published config says.
+    """
+    directory = WEIGHTS / preset
+    if not directory.exists():
+        published = load_preset(preset)
+        making = directory.with_suffix(".making")
+        making.mkdir(parents=True, exist_ok=True)
+        raw = published.raw | {"mla_norm_eps": 1e-6}
+        (making / "config.json").write_text(json.dumps(raw))
+        save_file(_weights(published.config), making / "model.safetensors", {"format": "pt"})
+        making.rename(directory)
+    return directory
+
+
+def _weights(config: Config) -> dict[str, np.ndarray]:
+    """Matrices of the size that training begins with, and everything else not quite as it does."""
+    rng, weights = np.random.default_rng(0), {}
+    for name, shape, *_ in published_tensors(config):
+        values = rng.standard_normal(shape, np.float32)
+        is_norm = name.endswith("norm.weight")
+        weights[name] = 1 + 0.1 * values if is_norm else config.init_std * values
+    return weights
