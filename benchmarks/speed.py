@@ -22,7 +22,7 @@ from benchmarks.workload import Work, checkpoint
 _ROUNDS, _LAP_SECONDS = 5, 2.0
 _MANY_SECONDS, _FEW_ROUNDS = 20.0, 3  # a run of transformers that takes longer is done less often
 # Settings that take this many times as long as the best are not tried on longer rows.
-_HOPELESS = 1.5
+_HOPELESS = 3.0
 
 
 class Row(NamedTuple):
@@ -161,14 +161,17 @@ def main(arguments: list[str] | None = None) -> int:
             setting = settings[of][0]
         measured[row.work] = measure(row, setting, args.cores)
         print(line(measured[row.work]), flush=True)
-    if args.results:
-        kept = known | measured
-        rows = [kept[row.work] for row in ROWS if row.work in kept]
-        table = [*HEAD, *map(line, rows)]
-        command = "python -m benchmarks.speed --full --results benchmarks/results"
-        write_results(args.results, "speed", command, rows, table, "torch", "transformers")
-        draw(rows, args.results / "speed.png")
+        if args.results:  # at once, as the next row may take an hour
+            _write(args.results, known | measured)
     return 1 if any(row["times"] < row["goal"] for row in measured.values()) else 0
+
+
+def _write(folder: Path, measured: dict[Work, dict[str, Any]]) -> None:
+    rows = [measured[row.work] for row in ROWS if row.work in measured]
+    command = "python -m benchmarks.speed --full --results benchmarks/results"
+    table = [*HEAD, *map(line, rows)]
+    write_results(folder, "speed", command, rows, table, "torch", "transformers")
+    draw(rows, folder / "speed.png")
 
 
 def _known(results: Path) -> dict[Work, dict[str, Any]]:
