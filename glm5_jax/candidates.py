@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from glm5_jax.collectives import MODEL, exchanged, joined, padded, platform
 
 # How many lengths of a sequence a program has versions for, on a CPU.
-_LENGTHS = 4
+LENGTHS = 4
 # What `_bound` is found by, where there are so many times more tokens than are wanted.
 _HALVINGS, _MANY = 6, 4
 
@@ -63,7 +63,7 @@ def within_sight(
     num_slots = seen_BTS.shape[-1]
     if platform() != "cpu":
         return among_first(num_slots)
-    lengths = [num_slots * part // _LENGTHS for part in range(1, _LENGTHS)]
+    lengths = [num_slots * part // LENGTHS for part in range(1, LENGTHS)]
     lengths = [*(length for length in lengths if length >= least), num_slots]
     last = jnp.max(jnp.where(seen_BTS, jnp.arange(num_slots), 0))
     shorter = jnp.sum(last >= jnp.array(lengths[:-1], jnp.int32), dtype=jnp.int32)

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from glm5_jax.cache import Rows
-from glm5_jax.candidates import Candidates, best_of_all_shards, highest, within_sight
+from glm5_jax.candidates import (
+    LENGTHS,
+    Candidates,
+    best_of_all_shards,
+    highest,
+    within_sight,
+)
 from glm5_jax.collectives import (
     MODEL,
     alike,
@@ -33,6 +39,7 @@ _KEY_NORM_EPS = 1e-6  # of every published model; not in the config
 _HIDDEN = float(jnp.finfo(jnp.float32).min)  # finite, lest a query that sees nothing yield NaN
 # Up to here a product over all heads is small, and faster than reading the keys once per head.
 _FEW_QUERIES = 8
+_SHORTEST_BLOCK = 512  # of queries, that products with keys are still fast for
 _GATHERED_BYTES = 2**20  # of keys from pages at a time, on a CPU
 # Names the loop over pages in traces: how often it runs depends on how long the rows are.
 PAGE_LOOP = "index_pages"
@@ -117,6 +124,8 @@ class Indexer(nnx.Module):
 
         batch, num_queries, _ = x_BTD.shape
         length = block_length(bytes_per_query=3 * 4 * batch * slots.held)
+        if platform() == "cpu":  # so that most blocks do not see the whole of a prompt
+            length = min(length, max(_SHORTEST_BLOCK, -(-num_queries // LENGTHS)))
         if slots.are_divided:
             query_BTIJ = gathered(self.queries(latent_BTQ, turn), (MODEL,), 2)
             found = map_queries(propose, length, query_BTIJ, self.gates(x_BTD), query_places)
