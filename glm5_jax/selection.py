@@ -91,7 +91,12 @@ def divergence(mass: jax.Array, selection: Selection, counted_BT: jax.Array) -> 
     Source: DeepSeek-V3.2, arXiv:2512.02556, equations 3 and 4.
     """
     assert selection.log_share is not None
-    mass = jax.lax.stop_gradient(mass)
+    log_share, mass = selection.log_share, jax.lax.stop_gradient(mass)
     share = mass / jnp.sum(mass, axis=-1, keepdims=True)
-    nats = jax.scipy.special.xlogy(share, share) - share * selection.log_share
-    return jnp.sum(jnp.where(counted_BT, jnp.sum(nats, axis=-1), 0))
+    gap = log_share - jnp.log(jnp.where(share > 0, share, 1))
+    # Both shares sum to 1, so that their difference may be added: each term is then of the second
+    # order in the gap, and what rounding does to the gap is too.
+    near = (share > 0) & (gap < 1)
+    near_more = share * jnp.expm1(jnp.where(near, gap, 0))
+    more = jnp.where(near, near_more, jnp.exp(log_share) - share)
+    return jnp.sum(jnp.where(counted_BT, jnp.sum(more - share * gap, axis=-1), 0))
