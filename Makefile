@@ -7,13 +7,15 @@ EXTRAS ?= dev,parity
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --editable
 
-.PHONY: help demo test test-quick mutants lint format clean
+.PHONY: help demo test test-quick mutants bench bench-full lint format clean
 
 help:
 	@echo "make demo        train, convert and run a small GLM-5 on this machine (about 5 minutes)"
 	@echo "make test        lint, types and all tests"
 	@echo "make test-quick  tests only, without those marked slow"
 	@echo "make mutants     show that known bugs, put in on purpose, fail tests"
+	@echo "make bench       speed beside transformers, and start-up: the rows that take minutes"
+	@echo "make bench-full  all rows, written to benchmarks/results and the README (hours)"
 	@echo "make format      format the code"
 	@echo "make clean       remove .venv and build"
 
@@ -38,13 +40,24 @@ lint: .venv/.dev
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --durations 25
 
 test-quick: .venv/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow'
 
 mutants: .venv/.dev
 	$(BIN)/python -m tests.mutants
+
+bench: .venv/.dev
+	-$(BIN)/python -m benchmarks.speed
+	-$(BIN)/python -m benchmarks.startup
+
+bench-full: .venv/.dev
+	-$(BIN)/python -m benchmarks.speed --full --results benchmarks/results
+	-$(BIN)/python -m benchmarks.startup --results benchmarks/results
+	-$(BIN)/python -m benchmarks.decode --results benchmarks/results
+	-$(BIN)/python -m benchmarks.compile_time --results benchmarks/results
+	$(BIN)/python -m benchmarks.readme
 
 format: .venv/.dev
 	$(BIN)/ruff format .

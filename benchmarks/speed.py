@@ -192,7 +192,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure, all_axes = plt.subplots(1, 2, figsize=(10, 4))
     for axes, kind in zip(all_axes, ("prefill", "decode"), strict=True):
         shown = [row for row in rows if (row["kind"], row["dtype"]) == (kind, "float32")]
-        shown = [row for row in shown if row["batch"] == 1]
+        if not (shown := [row for row in shown if row["batch"] == 1]):
+            continue
         lengths = [row["length"] for row in shown]
         for who, name in (("ours", "glm5-jax"), ("theirs", "transformers 5.23")):
             speeds = [row[who]["tokens_per_second"] for row in shown]
@@ -200,9 +201,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="tokens of context", title=kind)
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.minorticks_off()
+        axes.set_ylabel("tokens per second")
         axes.grid(visible=True, alpha=0.3)
-    all_axes[0].set_ylabel("tokens per second")
-    all_axes[0].legend()
+        axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

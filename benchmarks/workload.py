@@ -47,12 +47,12 @@ def remembered(work: Work, layer: int) -> tuple[np.ndarray, np.ndarray]:
     return rows, rng.standard_normal((*shape, config.indexer.head_dim), np.float32)
 
 
-def checkpoint(preset: str) -> Path:
+def checkpoint(preset: str, folder: Path = WEIGHTS) -> Path:
     """A published checkpoint of the preset's sizes with random weights, made if it is not there.
 
     Its latent norms have transformers' epsilon, which is not what the published config says.
     """
-    directory = WEIGHTS / preset
+    directory = folder / preset
     if not directory.exists():
         published = load_preset(preset)
         making = directory.with_suffix(".making")

@@ -30,7 +30,7 @@ def started_together(*commands, folders=None):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(4)}
     environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
     flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", str(len(commands))]
-    flags += ["--start-timeout", "60", "--process-id"]
+    flags += ["--start-timeout", "150", "--process-id"]
     with contextlib.ExitStack() as stack:
         started = [
             stack.enter_context(

@@ -1,0 +1,88 @@
+import os
+
+import numpy as np
+import pytest
+
+from benchmarks import readme
+from benchmarks.contest import Failed, contender, take_turns
+from benchmarks.speed import gap
+from benchmarks.workload import Work, checkpoint
+
+
+def squares(length):
+    values = np.arange(length)
+    return lambda: values * values
+
+
+def cores():
+    return lambda: np.array(len(os.sched_getaffinity(0)))
+
+
+def large(num_bytes):
+    return lambda: np.ones(num_bytes, np.uint8)[:1]
+
+
+def broken():
+    raise ValueError("no such program")
+
+
+def dying():
+    os._exit(3)
+
+
+def test_programs_take_turns_in_processes_of_their_own():
+    found = take_turns({"few": (squares, 3), "many": (squares, 30_000)}, rounds=4, lap_seconds=0.01)
+    np.testing.assert_array_equal(found["few"].output, [0, 1, 4])
+    for each in found.values():
+        assert len(each.laps) == 4 and 0 < each.seconds < 0.1 and each.spread >= 1
+
+
+def test_a_program_may_be_given_fewer_cores():
+    with contender(cores, cores=1) as one:
+        assert one.output == 1
+
+
+def test_the_peak_is_that_of_one_run():
+    with contender(large, 2**28) as each:
+        high = each.peak()
+    with contender(large, 2**20) as each:
+        assert 2**27 < high - each.peak() < 2**29
+
+
+@pytest.mark.parametrize(("make", "why"), [(broken, "no such program"), (dying, "died")])
+def test_a_program_that_cannot_be_made_says_why(make, why):
+    with pytest.raises(Failed, match=why), contender(make):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "length", "most"), [("prefill", 60, 1e-5), ("decode", 200, 1e-5), ("train", 60, 1e-4)]
+)
+def test_both_programs_compute_the_same(tmp_path, kind, length, most):
+    pytest.importorskip("torch")
+    from benchmarks import ours, peer
+
+    work = Work(kind, "demo", "float32", 2, length)
+    where = checkpoint(work.preset, tmp_path)
+    outputs = []
+    for make, *more in ((ours.make,), (peer.make, peer.Setting())):
+        with contender(make, where, work, *more) as each:
+            outputs.append(each.output)
+    assert gap(work, *outputs) < most
+
+
+def test_a_difference_between_outputs_is_seen():
+    work = Work("prefill", "demo", "float32", 1, 60)
+    logits = np.linspace(-2, 2, 5, dtype=np.float32)[None]
+    assert gap(work, logits + np.float32(0.5), logits) == pytest.approx(0.25)
+    told = np.array([[[4, -0.5], [0, -4.5]]])
+    of_logits = logits - np.log(np.exp(logits).sum())
+    expected = max(abs(-0.5 - of_logits[0, 4]), abs(-4.5 - of_logits[0, 0])) / -of_logits[0, 0]
+    assert gap(work._replace(kind="decode"), told, logits) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_readme_has_the_tables_that_were_measured():
+    text = (readme.ROOT / "README.md").read_text()
+    assert "<!-- benchmarks/results/speed.md -->" in text
+    assert readme.with_tables(text) == text
