@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from glm5_jax.by_head import attention_by_head
 from glm5_jax.cache import Rows
 from glm5_jax.collectives import (
     MODEL,
@@ -23,7 +24,7 @@ from glm5_jax.linear import project, project_f32
 from glm5_jax.norm import rms_norm
 from glm5_jax.params import scale, weight
 from glm5_jax.places import Places
-from glm5_jax.queries import GATHER_COST, block_length, map_queries
+from glm5_jax.queries import GATHER_COST, block_length, map_queries, short_enough
 from glm5_jax.rope import Rotation, rotate
 from glm5_jax.selection import Selection
 
@@ -135,7 +136,11 @@ class Attention(nnx.Module):
         num_keys, per_key = slots.held, 2 * num_heads
         if form == "gathered" and topk is not None:
             num_keys, per_key = topk, self.config.row_dim + 2 * num_heads
+        elif form == "expanded" and platform() == "cpu":
+            per_key = 4  # heads take turns
         length = block_length(4 * batch * num_keys * per_key, gathers=form == "gathered")
+        if form == "expanded":
+            length = short_enough(length, num_queries)
         chosen = selection._replace(log_share=None)  # a share of the queries only, and not needed
         attended = map_queries(attend_part, length, asked, query_places, chosen)
         if attended.mass is not None:
@@ -220,6 +225,9 @@ def expanded_attention(
     scale: float,
 ) -> Attended:
     """Plain attention over per-head keys and values."""
+    if platform() == "cpu":
+        arrays = (query_BTNX, key_BSNX, value_BSNV, seen_BTS)
+        return Attended(*attention_by_head(*arrays, scale=scale))
     scores_BNTS = project_f32("BTNX,BSNX->BNTS", query_BTNX, key_BSNX) * scale
     probs_BNTS, log_total_BNT = _softmax(scores_BNTS, seen_BTS[:, None])
     value_BTNV = project("BNTS,BSNV->BTNV", probs_BNTS.astype(value_BSNV.dtype), value_BSNV)

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from glm5_jax.collectives import MODEL, exchanged, joined, padded, platform
+from glm5_jax.queries import in_sight, lengths_in_sight
 
-# How many lengths of a sequence a program has versions for, on a CPU.
-LENGTHS = 4
 # What `_bound` is found by, where there are so many times more tokens than are wanted.
 _HALVINGS, _MANY = 6, 4
 
@@ -55,19 +54,10 @@ def _bound(score_BTS: jax.Array, most: int) -> jax.Array:
 def within_sight(
     seen_BTS: jax.Array, least: int, among_first: Callable[[int], Candidates]
 ) -> Candidates:
-    """The candidates among so many first slots that no query sees any further.
-
-    On a CPU, where a program may as well have a few versions of itself: reading a prompt then takes
-    little more than half the work.
-    """
-    num_slots = seen_BTS.shape[-1]
-    if platform() != "cpu":
-        return among_first(num_slots)
-    lengths = [num_slots * part // LENGTHS for part in range(1, LENGTHS)]
-    lengths = [*(length for length in lengths if length >= least), num_slots]
-    last = jnp.max(jnp.where(seen_BTS, jnp.arange(num_slots), 0))
-    shorter = jnp.sum(last >= jnp.array(lengths[:-1], jnp.int32), dtype=jnp.int32)
-    return jax.lax.switch(shorter, [functools.partial(among_first, n) for n in lengths])
+    """The candidates among so many first slots that no query sees any further."""
+    lengths = lengths_in_sight(seen_BTS.shape[-1], least)
+    versions = [functools.partial(among_first, length) for length in lengths]
+    return jax.lax.switch(in_sight(seen_BTS, lengths), versions)
 
 
 def best_of_all_shards(found: Candidates, topk: int) -> Candidates:

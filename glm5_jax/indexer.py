@@ -8,13 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from glm5_jax.cache import Rows
-from glm5_jax.candidates import (
-    LENGTHS,
-    Candidates,
-    best_of_all_shards,
-    highest,
-    within_sight,
-)
+from glm5_jax.candidates import Candidates, best_of_all_shards, highest, within_sight
 from glm5_jax.collectives import (
     MODEL,
     alike,
@@ -31,7 +25,7 @@ from glm5_jax.linear import product_f32, project
 from glm5_jax.norm import layer_norm
 from glm5_jax.params import bias, scale, weight
 from glm5_jax.places import Places, visible
-from glm5_jax.queries import GATHER_COST, block_length, map_queries
+from glm5_jax.queries import GATHER_COST, block_length, map_queries, short_enough
 from glm5_jax.rope import Rotation, rotate
 from glm5_jax.selection import Selection
 
@@ -39,7 +33,6 @@ _KEY_NORM_EPS = 1e-6  # of every published model; not in the config
 _HIDDEN = float(jnp.finfo(jnp.float32).min)  # finite, lest a query that sees nothing yield NaN
 # Up to here a product over all heads is small, and faster than reading the keys once per head.
 _FEW_QUERIES = 8
-_SHORTEST_BLOCK = 512  # of queries, that products with keys are still fast for
 _GATHERED_BYTES = 2**20  # of keys from pages at a time, on a CPU
 # Names the loop over pages in traces: how often it runs depends on how long the rows are.
 PAGE_LOOP = "index_pages"
@@ -124,8 +117,7 @@ class Indexer(nnx.Module):
 
         batch, num_queries, _ = x_BTD.shape
         length = block_length(bytes_per_query=3 * 4 * batch * slots.held)
-        if platform() == "cpu":  # so that most blocks do not see the whole of a prompt
-            length = min(length, max(_SHORTEST_BLOCK, -(-num_queries // LENGTHS)))
+        length = short_enough(length, num_queries)
         if slots.are_divided:
             query_BTIJ = gathered(self.queries(latent_BTQ, turn), (MODEL,), 2)
             found = map_queries(propose, length, query_BTIJ, self.gates(x_BTD), query_places)

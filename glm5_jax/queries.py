@@ -1,6 +1,6 @@
 """Work on long sequences done a block of queries at a time, so that memory stays linear."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -16,6 +16,12 @@ BLOCK_BYTES = 32 * 2**20
 _ACCELERATOR_BLOCK_BYTES = 2**30
 # On a CPU, of rows that are gathered to be used at once: what fits the cache of a core or two.
 _GATHERED_BLOCK_BYTES = 4 * 2**20
+
+_SHORTEST_BLOCK = 512  # of queries, that products with keys are still fast for on a CPU
+# How many lengths of a sequence a program has versions for, on a CPU.
+LENGTHS = 4
+# Names what a function of `map_queries` wants kept for its gradient instead of computed again.
+KEPT = "kept"
 
 # A multiply-add on a gathered row costs about this many on rows read in order: from 3.3 to 4.7 on
 # two x86 cores with 256 rows per query.
@@ -34,6 +40,13 @@ def block_length(bytes_per_query: int, *, gathers: bool = False) -> int:
     return max(1, most // bytes_per_query)
 
 
+def short_enough(length: int, num_queries: int) -> int:
+    """A length of blocks of which most do not see the whole of a prompt, where that is of use."""
+    if platform() != "cpu":
+        return length
+    return min(length, max(_SHORTEST_BLOCK, -(-num_queries // LENGTHS)))
+
+
 def map_queries(function: Callable[..., Result], length: int, *queries: Any) -> Result:
     """Applies a function to blocks of queries, one after the other.
 
@@ -43,7 +56,7 @@ def map_queries(function: Callable[..., Result], length: int, *queries: Any) -> 
       queries: trees of arrays with axes B, T, ...
 
     Returns:
-      What `function(*queries)` would. Gradients recompute each block.
+      What `function(*queries)` would. Gradients recompute each block, but for what is named KEPT.
     """
     batch, num_queries = jax.tree.leaves(queries)[0].shape[:2]
     if num_queries <= length:
@@ -59,7 +72,23 @@ def map_queries(function: Callable[..., Result], length: int, *queries: Any) -> 
         x = jnp.moveaxis(x, 0, 1).reshape(batch, num_blocks * length, *x.shape[3:])
         return x[:, :num_queries]
 
-    blocks = jax.lax.map(
-        jax.checkpoint(lambda block: function(*block)), jax.tree.map(split, queries)
-    )
-    return jax.tree.map(join, blocks)
+    policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+    recomputed = jax.checkpoint(lambda block: function(*block), policy=policy)
+    return jax.tree.map(join, jax.lax.map(recomputed, jax.tree.map(split, queries)))
+
+
+def lengths_in_sight(num_slots: int, least: int) -> tuple[int, ...]:
+    """Of how many first slots a program has a version, from `least` on; all of them is the last.
+
+    On a CPU, where a program may as well have a few versions of itself: reading a prompt then takes
+    little more than half the work.
+    """
+    parts = range(1, LENGTHS) if platform() == "cpu" else ()
+    lengths = [num_slots * part // LENGTHS for part in parts]
+    return (*(length for length in lengths if length >= least), num_slots)
+
+
+def in_sight(seen: jax.Array, lengths: Sequence[int]) -> jax.Array:
+    """The version to use: the first of the lengths beyond which no query sees; `seen` is ...TS."""
+    last = jnp.max(jnp.where(seen, jnp.arange(seen.shape[-1]), 0))
+    return jnp.sum(last >= jnp.array(lengths[:-1], jnp.int32), dtype=jnp.int32)
