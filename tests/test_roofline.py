@@ -1,24 +1,34 @@
 """The least that a step takes, and what its program does: sums by hand, and properties."""
 
 import itertools
+import json
+import math
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import primitives, roofline
+from benchmarks import claims, passes, primitives, roofline
+from benchmarks.claims import Claim
 from benchmarks.minimum import least_of_decoding, touched, weights_as_laid_out
+from benchmarks.passes import Counter, Pass, flops, formed_per_token, parts, request
 from glm5_jax.experts import BLOCK_LOOP
 from glm5_jax.info import describe
 from glm5_jax.plan.chips import CHIPS
 from glm5_jax.plan.costs import count
 from glm5_jax.presets import load_preset
+from glm5_jax.sharding import on_one_device
 from tests.tiny import SHARED, TINY, tiny_config
 
 # A tiny layer's projections, by the sizes in TINY.
 ATTENTION = 64 * (48 + 40) + 4 * 48 * 20 + 4 * 32 * 28 + 4 * 16 * 64
 INDEXER, GATES = 16 * (8 * 48 + 64), 8 * 64
 ONE = {"data": 1, "expert": 1, "model": 1}
+
+
+@pytest.fixture
+def counter():
+    return Counter(tiny_config(), on_one_device(), "cpu")
 
 
 @pytest.mark.parametrize(("raw", "num_full"), [(TINY, 7), (SHARED, 4)], ids=["full", "shared"])
@@ -100,7 +110,7 @@ def test_shares_are_of_the_nearer_ceiling():
 
 def traced(primitive, **loops):
     jaxpr = jax.make_jaxpr(primitive.call)(0)
-    return sum(count(jaxpr, {}, loop_trips=loops, platform="cpu").flops.values())
+    return flops(count(jaxpr, {}, loop_trips=loops, platform="cpu"))
 
 
 def test_primitives_are_credited_with_the_work_that_they_do():
@@ -116,3 +126,51 @@ def test_primitives_are_credited_with_the_work_that_they_do():
     indexer = primitives.indexer(config, "float32", 2, 1, 128)
     assert indexer.flops == 2 * 2 * (8 * (16 * 48 + 64) + 128 * 8 * 17)
     assert indexer.call(0).index_BTK.shape == (2, 1, 8)
+
+
+def test_a_pass_is_told_apart_exactly(counter):
+    found = parts(counter, Pass(1, 128))
+    per_pair = 2 * 7 * 4 * (40 + 40)  # absorbed, with the rotary part summed
+    assert found.attention == pytest.approx(8 * per_pair)
+    assert found.attention_to_all == pytest.approx(128 * per_pair)
+    assert found.cut == pytest.approx(1 - 8 / 128)
+    assert found.indexers == 2 * 7 * (8 * 16 * 48 + 8 * 64 + 128 * 8 * 17)
+    least = least_of_decoding(counter.config, 1, 128, float8=False).flops
+    whole = found.attention + found.indexers + found.rest
+    assert whole == pytest.approx(least + 8 * 2 * 7 * 4 * 8)
+
+
+def test_a_request_is_the_sum_of_its_passes(counter, monkeypatch):
+    monkeypatch.setattr(passes, "PORTION", 32)
+    every = [flops(counter.costs(Pass(1, at), "all")) for at in range(125, 129)]
+    portions = [flops(counter.costs(Pass(32, at), "all")) for at in (32, 64, 96)]
+    found = request(counter, "all", 128, 4, 32)
+    assert found.generating == pytest.approx(sum(every))
+    formed = 2 * 7 * 4 * 32 * (12 + 16)  # of a token's row, keys and values of 4 heads
+    assert formed_per_token(counter, 128) == pytest.approx(formed)
+    assert found.reading == pytest.approx(sum(portions) - formed * (32 + 64))
+    assert found.whole == found.reading + found.generating
+    assert request(counter, "selecting", 128, 4, 32).generating < found.generating
+
+
+def test_claims_that_do_not_hold_are_said_not_to(counter, monkeypatch):
+    for module in (passes, claims):
+        monkeypatch.setattr(module, "PORTION", 32)
+    found = list(claims.claims("tiny", counter, 128, 4, 32))
+    cut, *_, experts = [each for each in found if each.holds is not None]
+    assert cut.counted == pytest.approx(1 - 8 / 128) and cut.holds is False
+    assert experts.counted == pytest.approx(2 / 8) and experts.holds is False
+    assert all(math.isfinite(each.counted) for each in found)
+
+
+@pytest.mark.parametrize(("counted", "status"), [(0.98, 0), (0.979, 1)])
+def test_a_claim_that_does_not_hold_is_the_exit_status(tmp_path, monkeypatch, counted, status):
+    made = [Claim("tiny", "cut", counted, least=0.98), Claim("tiny", "to know", 0.0)]
+    monkeypatch.setattr(claims, "_PRESETS", ("demo",))
+    monkeypatch.setattr(claims, "claims", lambda preset, counter: made)
+    monkeypatch.setattr(claims, "_devices", lambda: jax.devices("cpu"))
+    monkeypatch.setattr(claims, "_PACKAGES", ())
+    assert claims.main(["--results", str(tmp_path)]) == status
+    rows = json.loads((tmp_path / "claims.json").read_text())["rows"]
+    assert [row["holds"] for row in rows] == [status == 0, None]
+    assert ("**no**" in (tmp_path / "claims.md").read_text()) == bool(status)
