@@ -2,14 +2,19 @@
 
 `machine` measures primitives at the sizes of the preset `bench` beside this machine's ceilings.
 `chips` sets what the traced step of the full model reads and computes, as `glm5 plan` counts it,
-beside the least that the model's sizes demand (`minimum.py`); nothing is run.
+beside the least that the model's sizes demand (`minimum.py`); nothing is run. A few of the steps
+are compiled as well, and searched for copies of arguments and results, which no trace shows.
 """
 
 import argparse
+import math
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import jax
 
 from benchmarks.minimum import least_of_decoding, weights_as_laid_out
 from benchmarks.output import write_results
@@ -18,7 +23,7 @@ from glm5_jax.mesh import format_mesh
 from glm5_jax.model import Glm5
 from glm5_jax.plan.programs import Work, find_job
 from glm5_jax.plan.report import Plan, estimate
-from glm5_jax.plan.topology import find_topology
+from glm5_jax.plan.topology import find_topology, silenced
 from glm5_jax.presets import load_preset
 from glm5_jax.sharding import mesh_sizes
 
@@ -31,6 +36,12 @@ class Step(NamedTuple):
     batch: int
     context: int
     scheme: str | None = "float8"
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it is among those that are: each takes a minute."""
+        on_tpu = not self.topology.startswith("h200")
+        return on_tpu and self.preset == "glm-5" and self.context == 32768
 
 
 # The smallest slices that hold the model in float8 and a million tokens; GPUs come first, for which
@@ -54,7 +65,11 @@ def compare(step: Step) -> dict[str, Any]:
     topology = find_topology(step.topology)
     sizes = mesh_sizes("auto", len(topology.devices), Glm5(config), job.rules, step.batch)
     work = Work(step.batch, step.context, "bfloat16", step.scheme)
-    plan, _ = estimate(config, job, topology, sizes, work)
+    plan, (traced, mesh) = estimate(config, job, topology, sizes, work)
+    compiled = None
+    if step.is_compiled:
+        with silenced(), jax.set_mesh(mesh):
+            compiled = _compiled(traced.lower().compile(), topology.chip.devices)
     float8 = step.scheme == "float8"
     least = least_of_decoding(config, step.batch, step.context, float8=float8)
     held = weights_as_laid_out(config, sizes, step.batch, float8=float8)
@@ -70,6 +85,7 @@ def compare(step: Step) -> dict[str, Any]:
         "weights as laid out": held * topology.chip.devices,
         "least seconds": seconds,
         "counted": _counted(plan),
+        "compiled": compiled,
         "times the least": max(plan.seconds.values()) / seconds,
         "tokens a second and chip": {
             "least": step.batch / topology.num_chips / seconds,
@@ -90,6 +106,25 @@ def _counted(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _compiled(program: Any, devices: int) -> dict[str, float]:
+    """What only the compiled program shows; of a chip of so many devices."""
+    return {
+        "bytes copied": devices * copied_bytes(program.as_text()),
+        "temporaries": float(devices * program.memory_analysis().temp_size_in_bytes),
+    }
+
+
+def copied_bytes(text: str) -> float:
+    """Bytes read and written by copies that stand outside of loops, from a program's HLO."""
+    entry = re.search(r"^ENTRY .*?^}", text, re.MULTILINE | re.DOTALL)
+    assert entry is not None
+    total = 0.0
+    for dtype, shape in re.findall(r"= (\w+)\[([\d,]*)\]\S* copy\(", entry[0]):
+        bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
+        total += 2 * math.prod(int(size) for size in shape.split(",") if size) * bits / 8
+    return total
+
+
 def _chip_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield (
         "One step of decoding, a chip's share: the least that the model's sizes demand, shared "
@@ -97,25 +132,28 @@ def _chip_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
         "(counted: and written) in memory, of which weights, index keys and selected rows are the "
         "least; 'laid out' is the least of weights if each chip reads those that the mesh has it "
         "keep. Milliseconds are those at the chip's published rates, of whatever takes longest, "
-        "in float8 weights unless said."
+        "in float8 weights unless said. Copied GB are those of copies that the compiler puts "
+        "before and after the loops over layers, which a trace does not show: they come on top."
     )
     yield ""
     yield (
         "| model, rows x context | chips, mesh | least GB: weights + keys + rows | laid out, GB "
-        "| counted GB | least GFLOP | counted | exchanges | MB sent | least ms | counted ms "
-        "| ratio |"
+        "| counted GB | copied GB | least GFLOP | counted | exchanges | MB sent | least ms "
+        "| counted ms | ratio |"
     )
-    yield "|---|---|" + "---|" * 10
+    yield "|---|---|" + "---|" * 11
     for row in rows:
         least, counted = row["least"], row["counted"]
         parts = " + ".join(f"{least[name] / 1e9:.2f}" for name in ("weights", "index_keys", "rows"))
         plain = "" if row["scheme"] else ", bfloat16"
+        compiled = row["compiled"]
+        copied = "not compiled" if compiled is None else f"{compiled['bytes copied'] / 1e9:.2f}"
         unfit = "" if row["fits"] else ", does not fit"
         yield (
             f"| {row['preset']}{plain}, {row['batch']} x {row['context']:,} "
             f"| {row['topology']}, {row['mesh'].replace(',', ' ')}{unfit} "
             f"| {least['bytes'] / 1e9:.2f}: {parts} | {row['weights as laid out'] / 1e9:.2f} "
-            f"| {counted['bytes'] / 1e9:.2f} | {least['flops'] / 1e9:.1f} "
+            f"| {counted['bytes'] / 1e9:.2f} | {copied} | {least['flops'] / 1e9:.1f} "
             f"| {sum(counted['flops'].values()) / 1e9:.1f} | {counted['exchanges']:,.0f} "
             f"| {counted['bytes sent'] / 1e6:.1f} | {1e3 * row['least seconds']:.2f} "
             f"| {1e3 * max(counted['seconds'].values()):.2f} ({counted['bound']}) "

@@ -93,6 +93,13 @@ def test_no_traced_step_takes_less_than_the_least():
     assert head.count("|") == rule.count("|") == cells.count("|")
 
 
+def test_copies_outside_of_loops_are_found():
+    inside = "%body (x: f32[8]) -> f32[8] {\n  %copy.9 = f32[8]{0} copy(%x)\n}\n"
+    lines = ["ENTRY %main (x: u16[3,4]) -> u16[3,4] {", "  %copy.1 = u16[3,4]{0,1:T(8)} copy(%x)"]
+    lines += ["  %wide = f8e4m3fn[5]{0} copy(%y)", "  %z = f32[8]{0} add(%p, %q)", "}", ""]
+    assert roofline.copied_bytes(inside + "\n".join(lines)) == 2 * (3 * 4 * 2 + 5)
+
+
 def test_shares_are_of_the_nearer_ceiling():
     def row(name, seconds, flops, num_bytes, kind="primitive"):
         sizes = {"seconds": seconds, "flops": flops, "bytes": num_bytes}
