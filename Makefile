@@ -14,7 +14,7 @@ help:
 	@echo "make test        lint, types and all tests"
 	@echo "make test-quick  tests only, without those marked slow"
 	@echo "make mutants     show that known bugs, put in on purpose, fail tests"
-	@echo "make bench       speed beside transformers, and start-up: the rows that take minutes"
+	@echo "make bench       speed beside transformers, start-up, rooflines: the rows that take minutes"
 	@echo "make bench-full  all rows, written to benchmarks/results and the README (hours)"
 	@echo "make format      format the code"
 	@echo "make clean       remove .venv and build"
@@ -51,12 +51,16 @@ mutants: .venv/.dev
 bench: .venv/.dev
 	-$(BIN)/python -m benchmarks.speed
 	-$(BIN)/python -m benchmarks.startup
+	-$(BIN)/python -m benchmarks.roofline machine
 
 bench-full: .venv/.dev
 	-$(BIN)/python -m benchmarks.speed --full --results benchmarks/results
 	-$(BIN)/python -m benchmarks.startup --results benchmarks/results
 	-$(BIN)/python -m benchmarks.decode --results benchmarks/results
 	-$(BIN)/python -m benchmarks.compile_time --results benchmarks/results
+	-$(BIN)/python -m benchmarks.roofline machine --results benchmarks/results
+	-$(BIN)/python -m benchmarks.roofline chips --results benchmarks/results
+	-$(BIN)/python -m benchmarks.claims --results benchmarks/results
 	$(BIN)/python -m benchmarks.readme
 
 format: .venv/.dev

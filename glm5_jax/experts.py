@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from glm5_jax.bits import from_bits
-from glm5_jax.collectives import alike
+from glm5_jax.collectives import alike, platform
 from glm5_jax.config import Config
 from glm5_jax.linear import project_f32
 from glm5_jax.params import weight
@@ -23,6 +23,9 @@ from glm5_jax.quantized import is_quantized
 # Rows of a block: a block is computed whole and reads its expert's weights once, so it should be
 # full and yet large. Small loads are made one block; large ones at least four.
 _LARGE_BLOCK, _LARGEST_BLOCK = 128, 512
+# Of an accelerator, whose memory is read for as long whether a block has one row or eight: with
+# fewer rows, an expert that a few tokens chose would be read once for each of them.
+_SMALLEST_ACCELERATOR_BLOCK = 8
 # Names the loop in traces: how often it runs depends on the routing, which a planner must estimate.
 BLOCK_LOOP = "expert_blocks"
 
@@ -52,7 +55,8 @@ class Dispatch(NamedTuple):
 
 def _block_length(mean_load: int) -> int:
     if mean_load <= 4 * _LARGE_BLOCK:
-        return min(_LARGE_BLOCK, 1 << max(0, mean_load - 1).bit_length())
+        least = 1 if platform() == "cpu" else _SMALLEST_ACCELERATOR_BLOCK
+        return min(_LARGE_BLOCK, max(least, 1 << max(0, mean_load - 1).bit_length()))
     return min(_LARGEST_BLOCK, 1 << (mean_load // 4).bit_length() - 1)
 
 

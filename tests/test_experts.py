@@ -17,6 +17,13 @@ E, D = CONFIG.moe.num_experts, CONFIG.dim
 ZERO = jnp.zeros((), jnp.int32)
 
 
+@pytest.fixture(params=["cpu", "tpu"], autouse=True)
+def blocks_of(request, monkeypatch):
+    """Blocks of the size that either is given; so few tokens make a difference."""
+    monkeypatch.setattr("glm5_jax.experts.platform", lambda: request.param)
+    return request.param
+
+
 apply_experts = functools.partial(apply, num_experts=E)
 
 

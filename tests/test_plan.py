@@ -157,7 +157,9 @@ def test_wrong_input_is_one_line(capsys, arguments, named):
     assert error.count("\n") == 1 and error.startswith("glm5: error: ") and named in error
 
 
-def test_expected_blocks_are_the_mean_over_random_routings():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_expected_blocks_are_the_mean_over_random_routings(monkeypatch, platform):
+    monkeypatch.setattr("glm5_jax.experts.platform", lambda: platform)
     rng = np.random.default_rng(0)
     for tokens, choices, experts, kept in ((3, 2, 64, 16), (40, 2, 8, 8), (500, 4, 16, 4)):
         used = []

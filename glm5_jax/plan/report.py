@@ -94,8 +94,8 @@ def estimate(
     blueprint = Glm5(config)
     require_divisible(blueprint, job.rules, sizes, work.batch)
     partition = Partition(make_mesh(sizes, topology.devices), job.rules)
-    program = job.program(config, partition, work)
-    with jax.set_mesh(partition.mesh):
+    with jax.set_mesh(partition.mesh):  # by whose kind of device the program chooses
+        program = job.program(config, partition, work)
         traced = program.function.trace(*program.arguments)
     per_chip = topology.chip.devices
     device_costs = count(
