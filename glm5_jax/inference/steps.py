@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec
 
 from glm5_jax.cache import KVCache, Pools
@@ -186,13 +187,20 @@ def compiled_steps(build: Build) -> Steps:
     specs = state_specs(build)
     weights = partition.specs(Glm5(config))
 
-    def compile_step(step: Any, in_specs: Any, out_specs: Any, donated: int) -> Any:
-        return jax.jit(partition.on_shards(step, in_specs, out_specs), donate_argnums=donated)
+    kept = _formats(build)
+
+    def compile_step(step: Any, in_specs: Any, out_specs: Any) -> Any:
+        """The state, wherever it stands, comes back in the memory and the order it came in."""
+        step = partition.on_shards(step, in_specs, out_specs)
+        came = tuple(kept if part is specs else None for part in in_specs)
+        left = kept if out_specs is specs else (kept, None)
+        donated = in_specs.index(specs)
+        return jax.jit(step, donate_argnums=donated, in_shardings=came, out_shardings=left)
 
     return Steps(
-        compile_step(begin, (specs, *[_EQUAL] * 4), specs, 0),
-        compile_step(read, (weights, specs, _EQUAL), specs, 1),
-        compile_step(advance, (weights, specs, _EQUAL), (specs, _EQUAL), 1),
+        compile_step(begin, (specs, *[_EQUAL] * 4), specs),
+        compile_step(read, (weights, specs, _EQUAL), specs),
+        compile_step(advance, (weights, specs, _EQUAL), (specs, _EQUAL)),
         compiled,
     )
 
@@ -246,7 +254,7 @@ def empty_state(build: Build, batch: int, num_pages: int, page_size: int) -> Sta
       num_pages: of all shards of the batch together.
     """
     create = functools.partial(_create, build, batch, num_pages, page_size)
-    return jax.jit(create, out_shardings=_shardings(build))()
+    return jax.jit(create, out_shardings=_formats(build))()
 
 
 def abstract_state(build: Build, batch: int, num_pages: int, page_size: int) -> State:
@@ -276,3 +284,18 @@ def _create(build: Build, batch: int, num_pages: int, page_size: int) -> State:
 def _shardings(build: Build) -> Any:
     mesh = build.partition.mesh
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(build))
+
+
+def _formats(build: Build) -> Any:
+    """Shardings, and the order in which the pools lie in memory: that of their axes.
+
+    Left to itself XLA's TPU backend keeps them in another order than its loop over layers wants
+    them in, and copies the whole of the cache twice in every step.
+    """
+    shapes = abstract_state(build, 1, 1, page_size_for(build.partition))
+
+    def row_major(leaf: jax.ShapeDtypeStruct) -> Format:
+        return Format(Layout(tuple(range(leaf.ndim))), leaf.sharding)
+
+    shardings: State = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    return shardings._replace(pools=jax.tree.map(row_major, shapes.pools))
