@@ -52,7 +52,7 @@ def map_queries(function: Callable[..., Result], length: int, *queries: Any) -> 
 
     Args:
       function: takes trees like `queries`, returns a tree; treats each query on its own.
-      length: queries in a block; a batch with no more is passed whole.
+      length: queries in a block at most; a batch with no more is passed whole.
       queries: trees of arrays with axes B, T, ...
 
     Returns:
@@ -62,6 +62,7 @@ def map_queries(function: Callable[..., Result], length: int, *queries: Any) -> 
     if num_queries <= length:
         return function(*queries)
     num_blocks = -(-num_queries // length)
+    length = -(-num_queries // num_blocks)  # equal blocks have the least padding
     padding = num_blocks * length - num_queries
 
     def split(x: jax.Array) -> jax.Array:
