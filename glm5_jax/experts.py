@@ -84,7 +84,8 @@ def dispatch(expert_TK: jax.Array, num_experts: int, mean_load: int) -> Dispatch
     """
     num_tokens, num_choices = expert_TK.shape
     num_pairs = num_tokens * num_choices
-    block = _block_length(mean_load)
+    # No expert has more rows than there are tokens.
+    block = min(_block_length(mean_load), 1 << (num_tokens - 1).bit_length())
     most_experts = min(num_experts, num_pairs)
     num_blocks = most_experts + (num_pairs - most_experts) // block
 
