@@ -297,5 +297,4 @@ def _formats(build: Build) -> Any:
     def row_major(leaf: jax.ShapeDtypeStruct) -> Format:
         return Format(Layout(tuple(range(leaf.ndim))), leaf.sharding)
 
-    shardings: State = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    return shardings._replace(pools=jax.tree.map(row_major, shapes.pools))
+    return _shardings(build)._replace(pools=jax.tree.map(row_major, shapes.pools))
