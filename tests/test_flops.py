@@ -59,6 +59,12 @@ def experts(config):
     return 3 * 2 * config.dim * config.moe.ffn * pairs
 
 
+def scores(config):
+    """A layer's scores of attention, forward; a CPU computes them again for the gradient."""
+    mla = config.mla
+    return 2 * BATCH * mla.num_heads * (mla.nope_dim + mla.rope_dim) * PAIRS
+
+
 def per_pair(config):
     mla = config.mla
     return 2 * mla.num_heads * (mla.nope_dim + mla.rope_dim + mla.value_dim)
@@ -88,6 +94,7 @@ def test_a_dense_gradient_is_counted_exactly_but_for_what_it_computes_again(raw)
     config = tiny_config(raw)
     traced = traced_flops(config, objective(), backward=True)
     again = experts(config) * sum(kind.mlp == "moe" for kind in config.layers)
+    again += scores(config) * config.num_layers
     counted = step_flops(config, objective(), BATCH, LENGTH)
     assert counted + 3 * masked(config, ALL) + again == traced
 
@@ -127,7 +134,8 @@ def test_the_mtp_layer_counts_at_every_depth():
     assert frozen - none == pytest.approx((once - none) / 3)
     traced = traced_flops(config, objective(mtp_depth=2), backward=True)
     without = traced_flops(config, objective(), backward=True)
-    surplus = 2 * (3 * masked(config, ALL) / config.num_layers + experts(config))
+    again = experts(config) + scores(config)
+    surplus = 2 * (3 * masked(config, ALL) / config.num_layers + again)
     # Rows that predict nothing are computed too: 3 in 2 x 64.
     assert BATCH * (twice - none) == pytest.approx(traced - without - surplus, rel=0.05)
 
