@@ -8,7 +8,6 @@ Source: FlashAttention, arXiv:2205.14135, section 3 and appendix B, without its 
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,8 +15,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from glm5_jax.collectives import alike
-from glm5_jax.linear import project_f32
-from glm5_jax.queries import KEPT, in_sight, lengths_in_sight
+from glm5_jax.linear import project, project_f32
+from glm5_jax.queries import KEPT, in_sight, in_version, lengths_in_sight
 
 # Fewer tokens than this are not worth a version of their own.
 _FEWEST_KEYS = 256
@@ -87,7 +86,7 @@ def _head_forward(
         share_TS = _padded(part_TK / total_T1, seen_TS.shape[1], 1)
         return value_TV, share_TS, (most_T1 + jnp.log(total_T1))[:, 0]
 
-    value_TV, share_TS, log_total_T = _version(version, lengths, among_first)
+    value_TV, share_TS, log_total_T = in_version(version, lengths, among_first)
     value_TV, log_total_T = checkpoint_name((value_TV, log_total_T), KEPT)
     saved = (query_TX, key_SX, value_SV, seen_TS, version, value_TV, log_total_T)
     return (value_TV, share_TS, log_total_T), saved
@@ -112,24 +111,18 @@ def _head_backward(
         by_share_TK = project_f32("TV,KV->TK", by_value_TV, value_KV)
         by_score_TK = share_TK * (by_share_TK + own_T[:, None]) * scale
         by_score_TK = by_score_TK.astype(key_SX.dtype)
-        by_key_KX = project_f32("TK,TX->KX", by_score_TK, query_TX)
-        by_value_KV = project_f32("TK,TV->KV", share_TK.astype(value_SV.dtype), by_value_TV)
+        by_key_KX = project("TK,TX->KX", by_score_TK, query_TX)
+        by_value_KV = project("TK,TV->KV", share_TK.astype(value_SV.dtype), by_value_TV)
         return (
-            project_f32("TK,KX->TX", by_score_TK, key_KX).astype(query_TX.dtype),
-            _padded(by_key_KX.astype(key_SX.dtype), len(key_SX), 0),
-            _padded(by_value_KV.astype(value_SV.dtype), len(value_SV), 0),
+            project("TK,KX->TX", by_score_TK, key_KX),
+            _padded(by_key_KX, len(key_SX), 0),
+            _padded(by_value_KV, len(value_SV), 0),
         )
 
-    return (*_version(version, lengths, among_first), None, None)
+    return (*in_version(version, lengths, among_first), None, None)
 
 
 _head.defvjp(_head_forward, _head_backward)
-
-
-def _version(
-    version: jax.Array, lengths: tuple[int, ...], among_first: Callable[[int], Any]
-) -> Any:
-    return jax.lax.switch(version, [functools.partial(among_first, n) for n in lengths])
 
 
 def _padded(x: jax.Array, size: int, axis: int) -> jax.Array:

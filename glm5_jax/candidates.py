@@ -1,6 +1,5 @@
 """The tokens of highest score: chosen exactly, and no more of them looked at than need be."""
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from glm5_jax.collectives import MODEL, exchanged, joined, padded, platform
-from glm5_jax.queries import in_sight, lengths_in_sight
+from glm5_jax.queries import in_sight, in_version, lengths_in_sight
 
 # What `_bound` is found by, where there are so many times more tokens than are wanted.
 _HALVINGS, _MANY = 6, 4
@@ -56,8 +55,7 @@ def within_sight(
 ) -> Candidates:
     """The candidates among so many first slots that no query sees any further."""
     lengths = lengths_in_sight(seen_BTS.shape[-1], least)
-    versions = [functools.partial(among_first, length) for length in lengths]
-    return jax.lax.switch(in_sight(seen_BTS, lengths), versions)
+    return in_version(in_sight(seen_BTS, lengths), lengths, among_first)
 
 
 def best_of_all_shards(found: Candidates, topk: int) -> Candidates:

@@ -1,5 +1,6 @@
 """Work on long sequences done a block of queries at a time, so that memory stays linear."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -91,5 +92,16 @@ def lengths_in_sight(num_slots: int, least: int) -> tuple[int, ...]:
 
 def in_sight(seen: jax.Array, lengths: Sequence[int]) -> jax.Array:
     """The version to use: the first of the lengths beyond which no query sees; `seen` is ...TS."""
+    if len(lengths) == 1:
+        return jnp.zeros((), jnp.int32)
     last = jnp.max(jnp.where(seen, jnp.arange(seen.shape[-1]), 0))
     return jnp.sum(last >= jnp.array(lengths[:-1], jnp.int32), dtype=jnp.int32)
+
+
+def in_version(
+    version: jax.Array, lengths: Sequence[int], among_first: Callable[[int], Result]
+) -> Result:
+    """What `among_first` gives for the length of a version."""
+    branches = [functools.partial(among_first, length) for length in lengths]
+    result: Result = jax.lax.switch(version, branches)
+    return result
