@@ -14,12 +14,14 @@ from glm5_jax.collectives import (
     Axes,
     gathered,
     largest,
+    num_shards,
     padded,
     platform,
     total,
     total_share,
 )
 from glm5_jax.config import Config, MlaConfig
+from glm5_jax.held import Attended, block_of_held, in_blocks
 from glm5_jax.linear import project, project_f32
 from glm5_jax.norm import rms_norm
 from glm5_jax.params import scale, weight
@@ -34,16 +36,6 @@ class Queries(NamedTuple):
 
     nope_BTNH: jax.Array
     rope_BTNR: jax.Array
-
-
-class Attended(NamedTuple):
-    """What attention returns."""
-
-    values: jax.Array  # by head: BTNV, or BTNA or BTNC where they are sums of rows
-    # float32, what each key or selected token got, summed over heads; None if not asked for
-    mass: Any
-    # float32, the logarithm of the softmax's denominator: by it partial results are merged.
-    log_total_BTN: jax.Array
 
 
 # Attends from a block of queries, `Queries` or absorbed ones, given with places and selection.
@@ -112,14 +104,14 @@ class Attention(nnx.Module):
         """
         batch, num_queries, num_heads, _ = queries.nope_BTNH.shape
         slots, mass = rows.slots, None
-        divided = slots.are_divided
+        divided, shards = slots.are_divided, num_shards(slots.axes)
         topk = None if to_all else selection.topk
-        form = cheapest_form(self.config, num_queries, slots.held, topk, divided)
+        form = cheapest_form(self.config, num_queries, slots.held, topk, shards)
         if form == "expanded":
             attend_block = self._expanded(rows, key_places)
             asked: Any = queries
         else:
-            attend_block = self._in_latent_space(rows, key_places, form)
+            attend_block = self._in_latent_space(rows, key_places, form, with_mass)
             asked = self._absorb_keys(queries)
         if divided:
             num_heads = self.config.num_heads
@@ -135,7 +127,8 @@ class Attention(nnx.Module):
 
         num_keys, per_key = slots.held, 2 * num_heads
         if form == "gathered" and topk is not None:
-            num_keys, per_key = topk, self.config.row_dim + 2 * num_heads
+            num_keys = topk if with_mass else block_of_held(topk, shards)
+            per_key = self.config.row_dim + 2 * num_heads
         elif form == "expanded" and platform() == "cpu":
             per_key = 4  # heads take turns
         length = block_length(4 * batch * num_keys * per_key, gathers=form == "gathered")
@@ -166,16 +159,26 @@ class Attention(nnx.Module):
 
         return attend_block
 
-    def _in_latent_space(self, rows: Rows, key_places: Places, form: Form) -> AttendBlock:
+    def _in_latent_space(
+        self, rows: Rows, key_places: Places, form: Form, with_mass: bool
+    ) -> AttendBlock:
         """Attends with absorbed queries; of the sums of rows only the latent part counts."""
 
         def attend_block(query_BTNA: jax.Array, places: Places, selection: Selection) -> Attended:
             scale = self.config.score_scale
             if form == "gathered":
                 assert selection.index_BTK is not None and selection.valid_BTK is not None
-                rows_BTKA = rows.taken(selection.index_BTK)
-                valid_BTK = selection.valid_BTK
-                attended = gathered_attention(query_BTNA, rows_BTKA, valid_BTK, scale=scale)
+                chosen = (selection.index_BTK, selection.valid_BTK)
+
+                def attend_to(slot_BTM: jax.Array, valid_BTM: jax.Array) -> Attended:
+                    rows_BTMA = rows.taken(slot_BTM)
+                    return gathered_attention(query_BTNA, rows_BTMA, valid_BTM, scale=scale)
+
+                if rows.slots.are_divided and not with_mass:
+                    block = block_of_held(chosen[0].shape[-1], num_shards(rows.axes))
+                    attended = in_blocks(attend_to, query_BTNA, *chosen, block)
+                else:
+                    attended = attend_to(*chosen)
             else:
                 seen_BTS = selection.seen(places, key_places)
                 attended = latent_attention(query_BTNA, rows.all(), seen_BTS, scale=scale)
@@ -195,14 +198,18 @@ class Attention(nnx.Module):
 
 
 def cheapest_form(
-    mla: MlaConfig, num_queries: int, num_slots: int, topk: int | None, are_divided: bool = False
+    mla: MlaConfig, num_queries: int, num_slots: int, topk: int | None, shards: int = 1
 ) -> Form:
     """Which of three equal ways to attend takes the least work, by multiply-adds per head.
 
     `expanded` forms every token's keys and values once and then works per head; `absorbed` moves
     the up-projections to the queries and attends to the rows themselves; `gathered` is absorbed,
-    over the selected rows only. Divided rows are never expanded: a device has the weights of some
-    heads and the rows of some tokens.
+    over the selected rows only, of which a shard gathers those it holds. Divided rows are never
+    expanded: a device has the weights of some heads and the rows of some tokens.
+
+    Args:
+      num_slots: that are held here.
+      shards: that rows are divided over.
     """
     up_projection = mla.kv_rank * (mla.nope_dim + mla.value_dim)
     per_expanded_key = mla.nope_dim + mla.rope_dim + mla.value_dim
@@ -210,10 +217,11 @@ def cheapest_form(
     expanded = num_slots * up_projection + num_queries * num_slots * per_expanded_key
     absorbed = num_queries * up_projection + num_queries * num_slots * per_row
     if topk is not None:
-        by_gathering = num_queries * (up_projection + topk * per_row * GATHER_COST)
-        if by_gathering < (absorbed if are_divided else min(expanded, absorbed)):
+        num_gathered = block_of_held(topk, shards)
+        by_gathering = num_queries * (up_projection + num_gathered * per_row * GATHER_COST)
+        if by_gathering < (absorbed if shards > 1 else min(expanded, absorbed)):
             return "gathered"
-    return "expanded" if expanded < absorbed and not are_divided else "absorbed"
+    return "expanded" if expanded < absorbed and shards == 1 else "absorbed"
 
 
 def expanded_attention(

@@ -26,7 +26,7 @@ ORDER = [
     ["presets", "params", "linear", "places", "queries"],
     ["mesh"],
     ["sharding"],
-    ["norm", "rope", "cache", "selection", "vocabulary", "candidates", "by_head"],
+    ["norm", "rope", "cache", "selection", "vocabulary", "candidates", "by_head", "held"],
     ["indexer", "attention", "mlp", "experts"],
     ["exchange"],
     ["moe"],

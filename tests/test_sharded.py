@@ -132,6 +132,17 @@ def test_greedy_and_sampled_text_are_those_of_one_device(shape):
         assert text == one_device_text(temperature)
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 4), (1, 1, 8)])
+def test_text_is_the_same_where_every_device_gathers_what_it_holds(shape, monkeypatch):
+    """A block has 4 or 2 tokens, and one device may hold all 8 that are selected."""
+    monkeypatch.setattr("glm5_jax.attention.GATHER_COST", 0)
+    monkeypatch.setattr("glm5_jax.held._SMALLEST_BLOCK", 1)
+    generator = Generator(model(), partition(shape, DECODE), draft_tokens=1)
+    monkeypatch.setattr("glm5_jax.attention.latent_attention", None)  # none attends to all
+    text = generator.complete(PROMPTS, 12, Sampling(temperature=0.0, seed=3))
+    assert text == one_device_text(0.0)
+
+
 def decode_step(shape, capacity, batch=8):
     """The compiled step that reads one token per row, and the sizes of its arguments."""
     part = partition(shape, DECODE)

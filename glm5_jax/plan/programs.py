@@ -12,6 +12,7 @@ from glm5_jax.collectives import BATCH, MODEL
 from glm5_jax.config import Config
 from glm5_jax.errors import InputError
 from glm5_jax.experts import BLOCK_LOOP, expected_blocks
+from glm5_jax.held import HELD_LOOP
 from glm5_jax.indexer import PAGE_LOOP, pages_of_block
 from glm5_jax.inference.engine import PORTIONS
 from glm5_jax.inference.sampling import Choices
@@ -163,5 +164,6 @@ def _program(
         page_bytes = page_part * config.indexer.head_dim * weights.embedding.dtype.itemsize
         batch //= partition.num_shards(BATCH)
         trips[PAGE_LOOP] = width / pages_of_block(batch, width, page_bytes)
+    trips[HELD_LOOP] = 1.0  # a block holds twice an equal share of what is selected
     parts = {"weights": weights, "cache": state.pools}
     return Program(step, (weights, state, asked), parts, num_tokens, trips)
