@@ -92,7 +92,8 @@ def divergence(mass: jax.Array, selection: Selection, counted_BT: jax.Array) -> 
     """
     assert selection.log_share is not None
     log_share, mass = selection.log_share, jax.lax.stop_gradient(mass)
-    share = mass / jnp.sum(mass, axis=-1, keepdims=True)
+    paid = jnp.sum(mass, axis=-1, keepdims=True)
+    share = mass / jnp.where(paid > 0, paid, 1)  # a query that sees nothing, as padding, pays none
     gap = log_share - jnp.log(jnp.where(share > 0, share, 1))
     # Both shares sum to 1, so that their difference may be added: each term is then of the second
     # order in the gap, and what rounding does to the gap is too.

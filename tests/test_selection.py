@@ -50,3 +50,18 @@ def test_a_token_without_attention_costs_nothing_but_is_unlearnt():
     )(log_share)
     np.testing.assert_allclose(nats, np.log(4), rtol=1e-6)
     np.testing.assert_allclose(gradient, [[[-0.75, 0.5, 0.25]]], rtol=1e-6)
+
+
+def test_a_query_that_sees_nothing_has_no_gradient():
+    mass, log_share = attention_and_log_share(1)
+    counted = jnp.ones((BATCH, QUERIES), bool).at[0, 0].set(False)
+
+    def nats(mass):
+        return lambda log_share: divergence(mass, Selection(log_share=log_share), counted)
+
+    expected = jax.value_and_grad(nats(mass))(log_share)
+    hidden = jnp.full(TOKENS, HIDDEN)
+    unseen = nats(jnp.array(mass).at[0, 0].set(0))
+    actual = jax.value_and_grad(unseen)(log_share.at[0, 0].set(jax.nn.log_softmax(hidden)))
+    np.testing.assert_array_equal(actual[0], expected[0])
+    np.testing.assert_array_equal(actual[1], expected[1])
