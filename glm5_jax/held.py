@@ -1,7 +1,7 @@
 """Attention to selected tokens where other devices hold most of them.
 
 Each device has every query's whole selection, of which an equal share or so is in its own slots.
-Those come first, and no more are gathered than the query with the most of them has.
+Those come first, and no more blocks of them are gathered than the query with the most needs.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class Attended(NamedTuple):
 def block_of_held(topk: int, num_shards: int) -> int:
     """Of how many selected tokens rows are gathered at once: twice an equal share of them.
 
-    Pages are divided in order, so that a device seldom holds more of a selection than that.
+    Every page is divided among all shards, so that a selection is spread nearly evenly over them.
     """
     return min(topk, max(_SMALLEST_BLOCK, 2 * -(-topk // num_shards)))
 
