@@ -24,9 +24,9 @@ def keep_compiled_programs() -> None:
         folder = caches / "glm5-jax" / f"compiled-{_processor()}"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
-            _limit(folder)
             os.environ[VARIABLE] = str(folder)
             os.environ.setdefault(_SHORTEST_SECONDS, "0.3")
+            _trim(folder)
 
 
 def _processor() -> str:
@@ -39,12 +39,16 @@ def _processor() -> str:
     return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 
-def _limit(folder: Path) -> None:
-    """Removes the oldest programs if there are too many."""
-    files = [(path.stat(), path) for path in folder.iterdir()]
-    size = sum(stat.st_size for stat, _ in files)
-    for stat, path in sorted(files, key=lambda each: each[0].st_mtime):
+def _trim(folder: Path) -> None:
+    """Removes the programs that were not used for longest, if there are too many."""
+    files = []
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another command may be doing the same
+            stat = path.stat()
+            files.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))
+    size = sum(num_bytes for _, num_bytes, _ in files)
+    for _, num_bytes, path in sorted(files):
         if size <= _MOST_BYTES:
             return
         path.unlink(missing_ok=True)
-        size -= stat.st_size
+        size -= num_bytes

@@ -47,13 +47,17 @@ def test_where_nothing_can_be_written_nothing_is_kept(home):
     assert VARIABLE not in os.environ
 
 
-def test_the_oldest_programs_go_first(home, monkeypatch):
+def test_programs_that_were_not_used_for_longest_go_first(home, monkeypatch):
     keep_compiled_programs()
     (folder,) = home.iterdir()
     for age in range(5):
         (folder / f"{age}-cache").write_bytes(bytes(100))
         os.utime(folder / f"{age}-cache", (1e9 - age, 1e9 - age))
+    os.utime(folder / "4-cache", (1e9, 1e9 - 4))  # made before all others, read since
+    (folder / "gone-cache").symlink_to("removed by another command")
     monkeypatch.setattr(compiled, "_MOST_BYTES", 250)
     monkeypatch.delenv(VARIABLE)
     keep_compiled_programs()
-    assert sorted(path.name for path in folder.iterdir()) == ["0-cache", "1-cache"]
+    assert os.environ[VARIABLE] == str(folder)
+    kept = sorted(path.name for path in folder.iterdir() if path.exists())
+    assert kept == ["0-cache", "4-cache"]
