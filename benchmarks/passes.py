@@ -6,11 +6,13 @@ trace are counted. The variants:
     selecting        as the model is
     narrow           selecting a single token: attention to selected tokens is linear in their
                      number and nothing else depends on it, so two numbers give its cost
+    half             selecting half as many, which shows whether that is so
     selecting, all   attending to all visible tokens, though indexers select
     all              selecting as many tokens as there are, which asks no indexer
 """
 
 import dataclasses
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,6 +22,7 @@ import numpy as np
 from glm5_jax.cache import KVCache
 from glm5_jax.collectives import MODEL, published
 from glm5_jax.config import Config
+from glm5_jax.errors import InputError
 from glm5_jax.inference.engine import PORTIONS
 from glm5_jax.model import Glm5, forward, logits
 from glm5_jax.params import abstract
@@ -32,7 +35,7 @@ from glm5_jax.sharding import ROWS, Partition
 PORTION = PORTIONS[-1]  # tokens of a prompt that are read at once
 CHIP = "v5p"  # whose rates turn FLOPs into time
 
-Variant = Literal["selecting", "narrow", "selecting, all", "all"]
+Variant = Literal["selecting", "narrow", "half", "selecting, all", "all"]
 
 
 class Pass(NamedTuple):
@@ -77,7 +80,8 @@ class Counter:
 
     def costs(self, asked: Pass, variant: Variant = "selecting") -> Costs:
         """All that a pass does."""
-        topk = {"narrow": 1, "all": asked.context}.get(variant, self.config.indexer.topk)
+        topk = self.config.indexer.topk
+        topk = {"narrow": 1, "half": topk // 2, "all": asked.context}.get(variant, topk)
         config = dataclasses.replace(
             self.config, indexer=dataclasses.replace(self.config.indexer, topk=topk)
         )
@@ -137,13 +141,23 @@ def seconds(costs: Costs) -> float:
 
 
 def parts(counter: Counter, asked: Pass, measure: Any = flops) -> Parts:
-    """What a pass is made of that sees more tokens than it selects."""
+    """What a pass is made of that sees more tokens than it selects.
+
+    Raises:
+      InputError: its work is not linear in the number of selected tokens.
+    """
     topk = counter.config.indexer.topk
-    variants: tuple[Variant, ...] = ("selecting", "narrow", "selecting, all", "all")
-    selecting, narrow, selecting_all, to_all = (
+    variants: tuple[Variant, ...] = ("selecting", "narrow", "half", "selecting, all", "all")
+    selecting, narrow, half, selecting_all, to_all = (
         measure(counter.costs(asked, variant)) for variant in variants
     )
-    attention = (selecting - narrow) * topk / (topk - 1)
+    each = (selecting - narrow) / (topk - 1)
+    if each <= 0 or not math.isclose(half - narrow, each * (topk // 2 - 1), rel_tol=1e-3):
+        raise InputError(
+            f"{asked}: selecting 1, {topk // 2} and {topk} tokens takes {narrow:.4g}, {half:.4g} "
+            f"and {selecting:.4g}, expected work that grows in proportion to them"
+        )
+    attention = each * topk
     indexers = selecting_all - to_all
     rest = selecting - attention - indexers
     return Parts(attention, to_all - rest, indexers, rest)

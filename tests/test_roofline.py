@@ -12,6 +12,7 @@ from benchmarks import claims, passes, primitives, roofline
 from benchmarks.claims import Claim
 from benchmarks.minimum import least_of_decoding, touched, weights_as_laid_out
 from benchmarks.passes import Counter, Pass, flops, formed_per_token, parts, request
+from glm5_jax.errors import InputError
 from glm5_jax.experts import BLOCK_LOOP
 from glm5_jax.info import describe
 from glm5_jax.plan.chips import CHIPS
@@ -145,6 +146,12 @@ def test_a_pass_is_told_apart_exactly(counter):
     least = least_of_decoding(counter.config, 1, 128, float8=False).flops
     whole = found.attention + found.indexers + found.rest
     assert whole == pytest.approx(least + 8 * 2 * 7 * 4 * 8)
+
+
+def test_attention_to_all_that_is_masked_is_noticed(counter, monkeypatch):
+    monkeypatch.setattr("glm5_jax.attention.GATHER_COST", 1e9)
+    with pytest.raises(InputError, match="expected work that grows in proportion"):
+        parts(counter, Pass(1, 128))
 
 
 def test_a_request_is_the_sum_of_its_passes(counter, monkeypatch):
