@@ -3,13 +3,11 @@
 `python -m benchmarks.claims --results benchmarks/results`; ends with 1 if a claim does not hold.
 """
 
-import argparse
 import functools
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.arguments import parser, run
 from benchmarks.output import write_results
 from benchmarks.passes import (
     CHIP,
@@ -115,9 +113,7 @@ def _devices() -> Sequence[Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Counts, prints and writes; returns 1 if a claim does not hold."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, help="folder to write claims.json and .md to")
-    args = parser.parse_args(arguments)
+    args = parser(__doc__).parse_args(arguments)
     mesh = make_mesh(dict.fromkeys(MESH_AXES, 1), _devices()[:1])
     found: list[Claim] = []
     for preset in _PRESETS:
@@ -133,4 +129,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

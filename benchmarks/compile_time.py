@@ -3,16 +3,14 @@
 Layers of one segment are a scan, so both should take the same.
 """
 
-import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.arguments import MISSED, parser, run
 from benchmarks.output import write_results
 from glm5_jax.cache import KVCache
 from glm5_jax.config import Config
@@ -24,6 +22,7 @@ from glm5_jax.presets import load_preset
 
 BATCH, LENGTH, CONTEXT = 2, 256, 1024
 LAYERS = (8, 78)
+_LARGEST_RATIO = 1.2
 PATTERNS = {
     "glm-5": {"first_k_dense_replace": 3},
     "glm-5.2": {
@@ -79,12 +78,9 @@ def measure(pattern: str, num_layers: int, name: str) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measures and prints; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--results", type=Path, help="folder to write compile_time.json and .md to")
-    args = parser.parse_args(arguments)
-    rows = []
+    """Measures and prints; MISSED if more layers take much longer."""
+    args = parser(__doc__, default_repeats=3).parse_args(arguments)
+    rows: list[dict[str, Any]] = []
     for pattern in PATTERNS:
         for name in ("forward", "gradient", "decode"):
             seconds: dict[int, list[float]] = {count: [] for count in LAYERS}
@@ -101,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.results:
         command = f"python -m benchmarks.compile_time --repeats {args.repeats}"
         write_results(args.results, "compile_time", command, rows, _table(rows))
-    return 0
+    return MISSED if any(row["ratio"] > _LARGEST_RATIO for row in rows) else 0
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
@@ -118,4 +114,4 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

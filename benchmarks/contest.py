@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from glm5_jax.errors import InputError
+
 # Makes a program: what it returns runs it once, waits until it is done, and returns its output.
 Maker = Callable[..., Callable[[], np.ndarray]]
 
@@ -29,7 +31,7 @@ class Lap(NamedTuple):
     cpu_seconds: float  # of all threads
 
 
-class Failed(Exception):
+class Failed(InputError):
     """A program ended with an error; the text says which."""
 
 
@@ -95,8 +97,8 @@ def _receive(connection: Connection) -> Any:
 def _work(
     connection: Connection, make: Maker, arguments: tuple[Any, ...], cores: list[int]
 ) -> None:
-    os.sched_setaffinity(0, cores)
     try:
+        os.sched_setaffinity(0, cores)
         program = make(*arguments)
         connection.send((False, program()))
         while True:

@@ -14,24 +14,21 @@ from benchmarks.workload import Work, remembered
 TOLD = 20
 
 
-def make(checkpoint: Path, work: Work, devices: int = 1) -> Callable[[], np.ndarray]:
+def make(checkpoint: Path, work: Work) -> Callable[[], np.ndarray]:
     """A `contest.Maker`.
 
     The output is the last logits; of decoding, the likeliest tokens with their log-probabilities;
     of training, the loss and the gradients' norm.
-
-    Args:
-      devices: into how many JAX is to divide the processor; the model is divided over them.
     """
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    os.environ["XLA_FLAGS"] = ""
     import jax
     import jax.numpy as jnp
 
     from glm5_jax.load import load_model
-    from glm5_jax.mesh import make_mesh
+    from glm5_jax.mesh import single_device
     from glm5_jax.sharding import DECODE, Partition
 
-    partition = Partition(make_mesh({"data": 1, "expert": 1, "model": devices}), DECODE)
+    partition = Partition(single_device(), DECODE)
     model = load_model(checkpoint, jnp.dtype(work.dtype), partition)
     with jax.set_mesh(partition.mesh):
         if work.kind == "train":
@@ -54,10 +51,9 @@ def _prefill(model: Any, work: Work, partition: Any) -> Callable[[], np.ndarray]
     config, tokens_BT = model.config, put(work.tokens(), partition.mesh, ROWS)
     batch, length = tokens_BT.shape
     model = for_decoding(model)
-    num_slots = length // partition.num_shards((MODEL,))
 
     def prefill(model: Glm5, tokens_BT: jax.Array) -> tuple[jax.Array, KVCache]:
-        cache = KVCache.create(config, batch, num_slots, work.dtype)
+        cache = KVCache.create(config, batch, length, work.dtype)
         cache = dataclasses.replace(
             cache,
             pools=spread(cache.pools, MESH_AXES),

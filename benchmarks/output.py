@@ -11,14 +11,14 @@ from typing import Any
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def describe_machine() -> dict[str, Any]:
-    """Processor, memory, versions and commit."""
+def describe_machine(*more: str) -> dict[str, Any]:
+    """Processor, memory, commit, and versions of Python and packages, of some more than usual."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
+        **{package: version(package) for package in (*PACKAGES, *more)},
         "commit": commit(),
     }
 
@@ -38,8 +38,7 @@ def write_results(
       more: packages beside the usual whose versions matter.
       runs: what the numbers are of, if it was made earlier: by name, how.
     """
-    machine = describe_machine() | {package: version(package) for package in more}
-    report = {"command": command, "machine": machine, "rows": rows}
+    report = {"command": command, "machine": describe_machine(*more), "rows": rows}
     if runs is not None:
         report["runs"] = runs
     folder.mkdir(parents=True, exist_ok=True)

@@ -35,14 +35,23 @@ def settings(kind: str) -> list[Setting]:
     ]
 
 
-def make(checkpoint: Path, work: Work, setting: Setting) -> Callable[[], np.ndarray]:
-    """A `contest.Maker`; the output is the last logits, or the loss and the gradients' norm."""
+def make(
+    checkpoint: Path, work: Work, setting: Setting, ties_in_order: bool = False
+) -> Callable[[], np.ndarray]:
+    """A `contest.Maker`; the output is the last logits, or the loss and the gradients' norm.
+
+    Args:
+      ties_in_order: whether the indexer is to select the first of tokens with equal scores, as
+        this project's does; torch leaves open which.
+    """
     import torch
     from transformers import GlmMoeDsaForCausalLM, logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if ties_in_order:
+        torch.Tensor.topk = _first_of_equal  # type: ignore[assignment]
     model = GlmMoeDsaForCausalLM.from_pretrained(
         checkpoint,
         dtype=getattr(torch, work.dtype),
@@ -66,6 +75,16 @@ def make(checkpoint: Path, work: Work, setting: Setting) -> Callable[[], np.ndar
     if work.kind == "prefill":
         return prefill
     return train if work.kind == "train" else _decode(model, run, tokens, work)
+
+
+class _Highest(NamedTuple):
+    values: Any
+    indices: Any
+
+
+def _first_of_equal(values: Any, k: int, dim: int = -1) -> _Highest:
+    falling = values.sort(dim=dim, descending=True, stable=True)
+    return _Highest(*(part.narrow(dim, 0, k) for part in falling))
 
 
 def _decode(model: Any, run: Any, tokens: Any, work: Work) -> Callable[[], np.ndarray]:

@@ -6,16 +6,14 @@ beside the least that the model's sizes demand (`minimum.py`); nothing is run. A
 are compiled as well, and searched for copies of arguments and results, which no trace shows.
 """
 
-import argparse
 import math
 import re
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from benchmarks.arguments import parser, run
 from benchmarks.minimum import least_of_decoding, weights_as_laid_out
 from benchmarks.output import write_results
 from benchmarks.primitives import measure
@@ -195,10 +193,9 @@ def _machine_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures or counts, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("machine", "chips"))
-    parser.add_argument("--results", type=Path, help="folder to write to")
-    args = parser.parse_args(arguments)
+    command_line = parser(__doc__)
+    command_line.add_argument("part", choices=("machine", "chips"))
+    args = command_line.parse_args(arguments)
     if args.part == "machine":
         rows, packages = measure(), []
         lines = list(_machine_lines(rows))
@@ -213,4 +210,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -4,16 +4,15 @@ A command's first answer is measured with no compiled program kept, and with tho
 before it.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import MISSED, parser, run
 from benchmarks.output import write_results
 
 _GENERATE = ["glm5_jax", "generate", "--model", "tiny", "--prompt", "def ", "--max-new-tokens", "8"]
@@ -40,11 +39,8 @@ def seconds(arguments: list[str], cache: str = "") -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measures and prints; fails if something takes longer than it may."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--results", type=Path, help="folder to write startup.json and .md to")
-    args = parser.parse_args(arguments)
+    """Measures and prints; MISSED if something takes longer than it may."""
+    args = parser(__doc__, default_repeats=5).parse_args(arguments)
     times: dict[str, list[float]] = {name: [] for name in (*PROGRAMS, _FIRST, _AGAIN)}
     for _ in range(args.repeats):
         for name, (program, _) in PROGRAMS.items():
@@ -67,8 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
     missed = [
         row for row in rows if row["goal"] and statistics.median(row["seconds"]) > row["goal"]
     ]
-    return 1 if missed else 0
+    return MISSED if missed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

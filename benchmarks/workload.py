@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ml_dtypes  # noqa: F401 - names bfloat16 to numpy
 import numpy as np
@@ -25,6 +25,11 @@ class Work(NamedTuple):
     dtype: str
     batch: int
     length: int
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> "Work":
+        """What a row of results is of."""
+        return cls(*(row[field] for field in cls._fields))
 
     def tokens(self) -> np.ndarray:
         """What is read, at random."""

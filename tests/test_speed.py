@@ -1,9 +1,11 @@
+import json
 import os
 
 import numpy as np
 import pytest
 
-from benchmarks import readme
+from benchmarks import readme, speed
+from benchmarks.arguments import run
 from benchmarks.contest import Failed, contender, take_turns
 from benchmarks.speed import gap
 from benchmarks.workload import Work, checkpoint
@@ -86,3 +88,49 @@ def test_the_readme_has_the_tables_that_were_measured():
     text = (readme.ROOT / "README.md").read_text()
     assert "<!-- benchmarks/results/speed.md -->" in text
     assert readme.with_tables(text) == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--cores", "0"], "argument --cores: is '0', expected an integer from 1 to"),
+        (["--cores", "4096"], "argument --cores: is '4096', expected an integer from 1 to"),
+        (["--only", "prefil float"], "--only 'prefil float': no row begins so, expected"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(arguments, why, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["speed", *arguments])
+    with pytest.raises(SystemExit) as end:
+        run(speed.main)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and why in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("times", "gap", "status"), [(99, 0.0, 0), (0.5, 0.0, 3), (99, 0.5, 1)])
+def test_the_status_tells_a_missed_goal_from_a_wrong_output(times, gap, status, monkeypatch):
+    side = {"tokens_per_second": 1.0, "spread": 1.0}
+
+    def measured(row, setting, cores):
+        sides = {"ours": side, "theirs": side, "setting": setting._asdict()}
+        numbers = {"goal": row.goal, "times": times, "times_by_cpu": times, "gap": gap}
+        return row.work._asdict() | sides | numbers
+
+    monkeypatch.setattr(speed, "measure", measured)
+    assert speed.main(["--only", "prefill float32 1 512"]) == status
+
+
+def test_rows_of_another_machine_are_not_mixed_in(tmp_path, capsys):
+    report = json.loads((speed._RESULTS / "speed.json").read_text())
+    report["machine"]["processor"] = "abacus"
+    (tmp_path / "speed.json").write_text(json.dumps(report))
+    assert speed._measured_here(tmp_path) == {}
+    assert "another" in capsys.readouterr().err
+
+
+def test_of_equal_scores_the_peer_is_made_to_select_the_first():
+    torch = pytest.importorskip("torch")
+    from benchmarks.peer import _first_of_equal
+
+    scores = torch.tensor([[0.0, 2.0, 0.0, -1.0, 0.0, 2.0]])
+    found = _first_of_equal(scores, 4, dim=-1)
+    assert found.indices.tolist() == [[1, 5, 0, 2]] and found.values.tolist() == [[2, 2, 0, 0]]
