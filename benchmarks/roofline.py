@@ -159,9 +159,8 @@ def _chip_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
         )
     yield ""
     yield (
-        "The steps for H200 are traced for virtual CPU devices that stand in: where the code "
-        "chooses by kind of device it takes the CPU's way, so that those rows are an estimate. "
-        "Nothing is run, so no time here is measured."
+        "The steps for H200 are traced as on GPUs, with virtual CPU devices that stand in. Nothing "
+        "is run, so no time here is measured."
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from glm5_jax.collectives import MESH_AXES
+from glm5_jax.collectives import MESH_AXES, standing_in_for
 from glm5_jax.config import Config
 from glm5_jax.mesh import Sizes, make_mesh
 from glm5_jax.model import Glm5
@@ -94,7 +94,9 @@ def estimate(
     blueprint = Glm5(config)
     require_divisible(blueprint, job.rules, sizes, work.batch)
     partition = Partition(make_mesh(sizes, topology.devices), job.rules)
-    with jax.set_mesh(partition.mesh):  # by whose kind of device the program chooses
+    # By the kind of device the program chooses how it is computed; a CPU may stand in for a GPU.
+    kind = "gpu" if topology.platform == "cuda" else topology.platform
+    with jax.set_mesh(partition.mesh), standing_in_for(kind):
         program = job.program(config, partition, work)
         traced = program.function.trace(*program.arguments)
     per_chip = topology.chip.devices
