@@ -187,7 +187,9 @@ def main(arguments: list[str] | None = None) -> int:
     for row in rows:
         if args.full or row.work not in settings:
             alike = (row.work.kind, row.work.dtype, row.work.batch)
-            tried = useful.get(alike, peer.settings(row.work.kind))
+            of_kind = {settings[work]: None for work in settings if work.kind == row.work.kind}
+            tried = useful.get(alike, [] if args.full else list(of_kind))
+            tried = tried or peer.settings(row.work.kind)
             useful[alike] = fastest_setting(row.work, tried, args.cores)
             settings[row.work] = useful[alike][0]
         measured[row.work] = measure(row, settings[row.work], args.cores)

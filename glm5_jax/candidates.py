@@ -8,21 +8,29 @@ import jax.numpy as jnp
 
 from glm5_jax.collectives import MODEL, exchanged, joined, padded, platform
 from glm5_jax.queries import in_sight, in_version, lengths_in_sight
+from glm5_jax.topk import positions_of_highest
 
 # What `_bound` is found by, where there are so many times more tokens than are wanted.
 _HALVINGS, _MANY = 6, 4
+# Queries that on a CPU are better passed over together than put on heaps one by one.
+_MANY_QUERIES = 64
 
 
 class Candidates(NamedTuple):
-    """Tokens of highest score among some: the highest first, of equals the lowest position."""
+    """Tokens of highest score among some, of equals those of lowest position; in any order."""
 
     score_BTK: jax.Array
     index_BTK: jax.Array
 
 
 def highest(score_BTS: jax.Array, most: int) -> Candidates:
-    """The `most` tokens of highest score; of equals the lowest position first."""
-    if platform() == "cpu" and score_BTS.shape[-1] >= _MANY * most:
+    """The `most` tokens of highest score; of equals those of lowest position."""
+    batch, num_queries, num_tokens = score_BTS.shape
+    if platform() == "cpu" and batch * num_queries >= _MANY_QUERIES:
+        index_RK = positions_of_highest(score_BTS.reshape(-1, num_tokens), most)
+        index_BTK = index_RK.reshape(batch, num_queries, most)
+        return Candidates(jnp.take_along_axis(score_BTS, index_BTK, axis=-1), index_BTK)
+    if platform() == "cpu" and num_tokens >= _MANY * most:
         score_BTS = jnp.where(score_BTS >= _bound(score_BTS, most), score_BTS, -jnp.inf)
     return Candidates(*jax.lax.top_k(score_BTS, most))
 

@@ -14,6 +14,7 @@ from glm5_jax.places import Places
 from glm5_jax.plan.chips import CHIPS
 from glm5_jax.plan.costs import count
 from glm5_jax.presets import load_preset
+from glm5_jax.topk import HALVING_LOOP
 from tests.tiny import SHARED, TINY, tiny_config
 from train.flops import peak_flops, step_flops
 from train.loss import Objective, loss
@@ -21,7 +22,9 @@ from train.state import assemble
 
 BATCH, LENGTH = 2, 64
 PAIRS = LENGTH * LENGTH  # of query and token in a row, which masked products compute in full
-BLOCKS = 8  # of 32 rows, filled by 128 tokens that choose 2 of 8 experts evenly
+# 8 blocks of 32 rows, filled by 128 tokens that choose 2 of 8 experts evenly; halving multiplies
+# nothing.
+LOOPS = {BLOCK_LOOP: 8, HALVING_LOOP: 0}
 
 
 def objective(stage="dense", mtp_depth=0, index_weight=1.0, mtp_weight=0.3):
@@ -44,7 +47,7 @@ def traced_flops(config, objective, *, backward):
     traced = jax.jit(jax.grad(function, has_aux=True) if backward else function).trace(
         learnt, kept, jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
     )
-    costs = count(traced.jaxpr, {}, loop_trips={BLOCK_LOOP: BLOCKS}, platform="cpu")
+    costs = count(traced.jaxpr, {}, loop_trips=LOOPS, platform="cpu")
     return sum(costs.flops.values())
 
 

@@ -30,6 +30,7 @@ from glm5_jax.model import Glm5
 from glm5_jax.params import abstract
 from glm5_jax.quantization import SCHEMES
 from glm5_jax.sharding import DECODE, Partition, Rules
+from glm5_jax.topk import EXPECTED_HALVINGS, HALVING_LOOP
 
 # Packages that train models add their step here, by the name of its job.
 _JOBS_OF_OTHERS = "glm5_jax.jobs"
@@ -84,7 +85,7 @@ def find_job(name: str) -> Job:
 
 
 def loop_trips(config: Config, partition: Partition, num_tokens: int) -> dict[str, float]:
-    """How often a device runs the loop over blocks of rows of one expert, tokens choosing evenly.
+    """How often a device runs loops whose length depends on data, tokens choosing experts evenly.
 
     Args:
       num_tokens: of all devices, in one pass.
@@ -92,7 +93,8 @@ def loop_trips(config: Config, partition: Partition, num_tokens: int) -> dict[st
     moe, axes = config.moe, partition.rules.axes["experts"]
     meeting = num_tokens // partition.num_shards(tuple(set(BATCH) - set(axes)))
     kept = moe.num_experts // partition.num_shards(axes)
-    return {BLOCK_LOOP: expected_blocks(meeting * moe.experts_per_token, moe.num_experts, kept)}
+    blocks = expected_blocks(meeting * moe.experts_per_token, moe.num_experts, kept)
+    return {BLOCK_LOOP: blocks, HALVING_LOOP: EXPECTED_HALVINGS}
 
 
 def _decode(config: Config, partition: Partition, work: Work) -> Program:
