@@ -54,8 +54,11 @@ def _processor() -> str:
 
 
 def commit() -> str:
-    """The one that is checked out, and whether files differ from it."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
+    """The one that is checked out, and whether files differ from it, results left out."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+
+    name = git("describe", "--always").stdout.strip()
+    changed = git("diff-index", "--quiet", "HEAD", "--", ":(exclude)benchmarks/results").returncode
+    return (name + "-dirty" * bool(changed)) if name else "unknown"
