@@ -3,15 +3,18 @@
 Whether they fit, and what saying so takes here.
 """
 
-import argparse
+import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import parser, run
 from benchmarks.commands import NAMES
-from benchmarks.output import write_results
+from benchmarks.output import commit, write_results
+
+_RESULTS = Path(__file__).parent / "results"
 
 _PLANS: tuple[tuple[str, ...], ...] = (
     ("glm5_jax", "glm-5", "--topology", "v6e:16x16", "--job", "decode"),
@@ -32,7 +35,7 @@ _PROGRAM = (
 )
 
 
-def run(module: str, *arguments: str) -> dict[str, Any]:
+def run_plan(module: str, *arguments: str) -> dict[str, Any]:
     """Runs one plan; returns what it printed, and what it took."""
     command, began = f"{NAMES[module]} plan {' '.join(arguments)}", time.perf_counter()
     done = subprocess.run(
@@ -45,6 +48,7 @@ def run(module: str, *arguments: str) -> dict[str, Any]:
         raise SystemExit(f"{command}: {done.stderr}")
     return {
         "command": command,
+        "commit": commit(),
         "output": done.stdout.rstrip(),
         "seconds": round(time.perf_counter() - began, 1),
         "peak_mib": round(int(done.stderr.split()[-1]) / 1024),
@@ -53,16 +57,19 @@ def run(module: str, *arguments: str) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Plans and prints; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--few-bits", action="store_true", help="of weights in few bits instead")
-    parser.add_argument("--results", type=Path, help="folder to write plans.json and .md to")
-    args = parser.parse_args(arguments)
+    command_line = parser(__doc__)
+    command_line.add_argument("--few-bits", action="store_true", help="of weights in few bits")
+    command_line.add_argument("--only", default="", help="plans that have this in their command")
+    args = command_line.parse_args(arguments)
     name, command, plans = "plans", "python -m benchmarks.plans", _PLANS
     if args.few_bits:
         name, command, plans = "plans_few_bits", f"{command} --few-bits", _FEW_BITS
+    known = json.loads((_RESULTS / f"{name}.json").read_text())["rows"]
+    before = {row["command"]: row for row in known}
     rows, lines = [], []
     for plan in plans:
-        rows.append(row := run(*plan))
+        asked = f"{NAMES[plan[0]]} plan {' '.join(plan[1:])}"
+        rows.append(row := run_plan(*plan) if args.only in asked else before[asked])
         lines += [f"`{row['command']}`", "", "```", row["output"], "```", ""]
         lines += [f"{row['seconds']:.0f} s and {row['peak_mib']:,} MiB of memory here.", ""]
         print("\n".join(lines[-8:]), flush=True)
@@ -72,4 +79,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -23,9 +23,9 @@ from glm5_jax.quantized import is_quantized
 # Rows of a block: a block is computed whole and reads its expert's weights once, so it should be
 # full and yet large. Small loads are made one block; large ones at least four.
 _LARGE_BLOCK, _LARGEST_BLOCK = 128, 512
-# Of an accelerator, whose memory is read for as long whether a block has one row or eight: with
-# fewer rows, an expert that a few tokens chose would be read once for each of them.
-_SMALLEST_ACCELERATOR_BLOCK = 8
+# Of an accelerator, which reads an expert for longer than it multiplies with up to about so many
+# rows: blocks have twice the mean load there, so that an expert seldom needs to be read again.
+_SMALLEST_ACCELERATOR_BLOCK, _FREE_ROWS = 8, 64
 # Names the loop in traces: how often it runs depends on the routing, which a planner must estimate.
 BLOCK_LOOP = "expert_blocks"
 
@@ -55,8 +55,10 @@ class Dispatch(NamedTuple):
 
 def _block_length(mean_load: int) -> int:
     if mean_load <= 4 * _LARGE_BLOCK:
-        least = 1 if platform() == "cpu" else _SMALLEST_ACCELERATOR_BLOCK
-        return min(_LARGE_BLOCK, max(least, 1 << max(0, mean_load - 1).bit_length()))
+        block = 1 << max(0, mean_load - 1).bit_length()
+        if platform() != "cpu":
+            block = max(block, min(2 * block, _FREE_ROWS), _SMALLEST_ACCELERATOR_BLOCK)
+        return min(_LARGE_BLOCK, block)
     return min(_LARGEST_BLOCK, 1 << (mean_load // 4).bit_length() - 1)
 
 
