@@ -60,7 +60,7 @@ bench-full: .venv/.dev
 	$(BIN)/python -m benchmarks.speed --full --results benchmarks/results $(OR_MISSED)
 	$(BIN)/python -m benchmarks.memory --results benchmarks/results $(OR_MISSED)
 	$(BIN)/python -m benchmarks.startup --results benchmarks/results $(OR_MISSED)
-	$(BIN)/python -m benchmarks.decode --results benchmarks/results
+	$(BIN)/python -m benchmarks.decode --results benchmarks/results $(OR_MISSED)
 	$(BIN)/python -m benchmarks.compile_time --results benchmarks/results $(OR_MISSED)
 	$(BIN)/python -m benchmarks.roofline machine --results benchmarks/results
 	$(BIN)/python -m benchmarks.roofline chips --results benchmarks/results

@@ -1,18 +1,16 @@
 """Time per token as the context grows: one step of the engine, its cache filled at random."""
 
-import argparse
 import functools
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.arguments import MISSED, parser, run
 from benchmarks.output import write_results
 from glm5_jax.config import Config
 from glm5_jax.inference.sampling import Choices
@@ -117,11 +115,9 @@ def measure(preset: str, dtype: str, batch: int) -> list[dict[str, Any]]:
     ]
 
 
-def main() -> int:
-    """Measures, prints and writes; fails if time grows faster with the context than it should."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, help="folder to write to")
-    args = parser.parse_args()
+def main(arguments: list[str] | None = None) -> int:
+    """Measures, prints and writes; MISSED if time grows faster with the context than it should."""
+    args = parser(__doc__).parse_args(arguments)
     rows, missed = [], False
     lines = [
         "| | dtype | rows | " + " | ".join(f"{c // 1024}k" for c in _CONTEXTS) + " | 64k / 4k |",
@@ -142,8 +138,8 @@ def main() -> int:
     if args.results is not None:
         command = "python -m benchmarks.decode --results benchmarks/results"
         write_results(args.results, "decode", command, rows, [title, "", *lines])
-    return 1 if missed else 0
+    return MISSED if missed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -1,8 +1,9 @@
 """The highest scores of many rows, exactly, by passes over them that a CPU's cores share.
 
 XLA's CPU backend (0.10) has a top-k of its own that puts one row after the other on a heap, in one
-thread. With many rows it takes a third of the time to find what score the last one chosen has, by
-halving, and then where those are that reach it.
+thread. With many rows it is 1.4 to 6 times as fast to find what score the last one chosen has, by
+halving, and then where those are that reach it. Axes: R rows, S scores of a row, L of them side by
+side, W words of a row's bits, I bits of a word.
 """
 
 from collections.abc import Callable

@@ -56,6 +56,13 @@ MUTANTS = [
         "tests/test_model.py tests/test_indexer.py",
     ),
     Mutant(
+        "of equal scores the last are chosen, many queries",
+        "glm5_jax/topk.py",
+        "jnp.arange(num_columns - 1, -1, -1, dtype=jnp.int32)",
+        "jnp.arange(num_columns, dtype=jnp.int32)",
+        "tests/test_topk.py tests/test_indexer.py",
+    ),
+    Mutant(
         "query latent not normalised for the indexer",
         "glm5_jax/block.py",
         "normed_BTD, latent_BTQ, index_keys, turn, queries_at, keys_at",
