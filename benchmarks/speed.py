@@ -24,9 +24,10 @@ _ROUNDS, _LAP_SECONDS = 5, 2.0
 _MANY_SECONDS, _FEW_ROUNDS = 20.0, 3  # a run of transformers that takes longer is done less often
 # Settings that take this many times as long as the best are not tried on longer rows.
 _HOPELESS = 3.0
-# From here on, relative to the largest output, the two did not compute the same. Among numbers that
-# bfloat16 rounds, other tokens and experts are the best.
-_WRONG = {"float32": 1e-3, "bfloat16": 0.2}
+# From here on, relative to the largest output, the two did not compute the same. Rounding may swap
+# the last token selected, one of 256, and what that changes is selected from by later layers;
+# bfloat16 swaps more of them, and experts too.
+_WRONG = {"float32": 2e-2, "bfloat16": 0.2}
 _PACKAGES = ("torch", "transformers")
 _RESULTS = Path(__file__).parent / "results"
 
