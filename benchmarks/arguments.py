@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from glm5_jax.commands.arguments import integer
-from glm5_jax.console import Parser
-from glm5_jax.errors import InputError
+from glm5_jax.console import Parser, exit_status
 
 # The exit status where everything was measured and a goal is missed.
 MISSED = 3
@@ -31,8 +30,4 @@ def add_cores(made: Parser) -> None:
 
 def run(main: Callable[[], int]) -> None:
     """Ends the process with what `main` returns; with 2 and one line if it cannot be measured."""
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_status(Path(sys.argv[0]).stem, main))

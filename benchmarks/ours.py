@@ -20,7 +20,7 @@ def make(checkpoint: Path, work: Work) -> Callable[[], np.ndarray]:
     The output is the last logits; of decoding, the likeliest tokens with their log-probabilities;
     of training, the loss and the gradients' norm.
     """
-    os.environ["XLA_FLAGS"] = ""
+    os.environ["XLA_FLAGS"] = ""  # not those of the process that makes this one, a test perhaps
     import jax
     import jax.numpy as jnp
 

@@ -7,14 +7,11 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from benchmarks.arguments import parser, run
 from benchmarks.commands import NAMES
-from benchmarks.output import commit, write_results
-
-_RESULTS = Path(__file__).parent / "results"
+from benchmarks.output import RESULTS, commit, write_results
 
 _PLANS: tuple[tuple[str, ...], ...] = (
     ("glm5_jax", "glm-5", "--topology", "v6e:16x16", "--job", "decode"),
@@ -35,9 +32,14 @@ _PROGRAM = (
 )
 
 
+def command_of(module: str, *arguments: str) -> str:
+    """What a user types for a plan."""
+    return f"{NAMES[module]} plan {' '.join(arguments)}"
+
+
 def run_plan(module: str, *arguments: str) -> dict[str, Any]:
     """Runs one plan; returns what it printed, and what it took."""
-    command, began = f"{NAMES[module]} plan {' '.join(arguments)}", time.perf_counter()
+    command, began = command_of(module, *arguments), time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM.format(module=module), "plan", *arguments],
         capture_output=True,
@@ -64,12 +66,12 @@ def main(arguments: list[str] | None = None) -> int:
     name, command, plans = "plans", "python -m benchmarks.plans", _PLANS
     if args.few_bits:
         name, command, plans = "plans_few_bits", f"{command} --few-bits", _FEW_BITS
-    known = json.loads((_RESULTS / f"{name}.json").read_text())["rows"]
+    known = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
     before = {row["command"]: row for row in known}
     rows, lines = [], []
     for plan in plans:
-        asked = f"{NAMES[plan[0]]} plan {' '.join(plan[1:])}"
-        rows.append(row := run_plan(*plan) if args.only in asked else before[asked])
+        planned = command_of(*plan)
+        rows.append(row := run_plan(*plan) if args.only in planned else before[planned])
         lines += [f"`{row['command']}`", "", "```", row["output"], "```", ""]
         lines += [f"{row['seconds']:.0f} s and {row['peak_mib']:,} MiB of memory here.", ""]
         print("\n".join(lines[-8:]), flush=True)

@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks import ours, peer
 from benchmarks.arguments import MISSED, add_cores, parser, run
 from benchmarks.contest import Failed, Result, contender, take_turns
-from benchmarks.output import commit, describe_machine, write_results
+from benchmarks.output import RESULTS, commit, describe_machine, write_results
 from benchmarks.peer import Setting
 from benchmarks.workload import Work, checkpoint
 from glm5_jax.errors import InputError
@@ -29,7 +29,6 @@ _HOPELESS = 3.0
 # bfloat16 swaps more of them, and experts too.
 _WRONG = {"float32": 2e-2, "bfloat16": 0.2}
 _PACKAGES = ("torch", "transformers")
-_RESULTS = Path(__file__).parent / "results"
 
 
 class Row(NamedTuple):
@@ -155,6 +154,11 @@ HEAD = [
 ]
 
 
+def _settings_of(kind: str, settings: dict[Work, Setting]) -> list[Setting]:
+    """Those that were the fastest for some row of a kind of work."""
+    return list(dict.fromkeys(settings[work] for work in settings if work.kind == kind))
+
+
 def chosen_rows(only: str | None, full: bool) -> list[Row]:
     """The rows to measure: those whose name begins with `only`, without it all or the quick ones.
 
@@ -179,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_cores(command_line)
     args = command_line.parse_args(arguments)
     rows = chosen_rows(args.only, args.full)
-    known = json.loads((_RESULTS / "speed.json").read_text())["rows"]
+    known = json.loads((RESULTS / "speed.json").read_text())["rows"]
     settings = {Work.of(row): Setting(**row["setting"]) for row in known}
     before = _measured_here(args.results) if args.results else {}
     useful: dict[tuple[str, str, int], list[Setting]] = {}
@@ -187,10 +191,10 @@ def main(arguments: list[str] | None = None) -> int:
     measured: dict[Work, dict[str, Any]] = {}
     for row in rows:
         if args.full or row.work not in settings:
-            alike = (row.work.kind, row.work.dtype, row.work.batch)
-            of_kind = {settings[work]: None for work in settings if work.kind == row.work.kind}
-            tried = useful.get(alike, [] if args.full else list(of_kind))
-            tried = tried or peer.settings(row.work.kind)
+            kind, _, dtype, batch, _ = row.work
+            alike = kind, dtype, batch
+            of_kind = [] if args.full else _settings_of(kind, settings)
+            tried = useful.get(alike) or of_kind or peer.settings(kind)
             useful[alike] = fastest_setting(row.work, tried, args.cores)
             settings[row.work] = useful[alike][0]
         measured[row.work] = measure(row, settings[row.work], args.cores)

@@ -62,11 +62,20 @@ def run_command(parser: Parser, arguments: Sequence[str] | None) -> int:
     """
     args = parser.parse_args(arguments)
     keep_compiled_programs()
-    try:
+
+    def run() -> int:
         with _ended_by_signals(parser.prog):
             status: int = args.run(args)
             sys.stdout.flush()
         return status
+
+    return exit_status(parser.prog, run)
+
+
+def exit_status(prog: str, run: Callable[[], int]) -> int:
+    """What `run` returns; of errors that are not its defects, said in one line, 2."""
+    try:
+        return run()
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -74,12 +83,12 @@ def run_command(parser: Parser, arguments: Sequence[str] | None) -> int:
         text = str(error)
         if isinstance(error, OSError) and error.filename is not None:
             text = f"{error.filename}: {error.strerror}"
-        print(f"{parser.prog}: error: {_on_one_line(text)}", file=sys.stderr)
+        print(f"{prog}: error: {_on_one_line(text)}", file=sys.stderr)
         return 2
     except Exception as error:
         if (why := _out_of_memory(error)) is None:
             raise
-        print(f"{parser.prog}: error: {why}", file=sys.stderr)
+        print(f"{prog}: error: {why}", file=sys.stderr)
         return 2
 
 

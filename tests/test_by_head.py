@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from glm5_jax.attention import expanded_attention
+from glm5_jax.collectives import standing_in_for
 from glm5_jax.queries import map_queries
 
 BATCH, QUERIES, HEADS, WIDTH, VALUE = 2, 24, 8, 12, 6
@@ -25,8 +26,7 @@ def given(num_keys, first, dtype=jnp.float32):
 def attended(platform, *arrays, block=QUERIES):
     """As an accelerator or a CPU computes it, a block of queries at a time."""
     query, key, value, seen = arrays
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("glm5_jax.attention.platform", lambda: platform)
+    with standing_in_for(platform):
         return map_queries(
             lambda query, seen: expanded_attention(query, key, value, seen, scale=SCALE),
             block,

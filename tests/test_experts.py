@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glm5_jax.collectives import standing_in_for
 from glm5_jax.exchange import apply_experts as apply
 from glm5_jax.experts import Experts, dispatch
 from glm5_jax.params import initialize
@@ -18,10 +19,10 @@ ZERO = jnp.zeros((), jnp.int32)
 
 
 @pytest.fixture(params=["cpu", "tpu"], autouse=True)
-def blocks_of(request, monkeypatch):
+def blocks_of(request):
     """Blocks of the size that either is given; so few tokens make a difference."""
-    monkeypatch.setattr("glm5_jax.experts.platform", lambda: request.param)
-    return request.param
+    with standing_in_for(request.param):
+        yield request.param
 
 
 apply_experts = functools.partial(apply, num_experts=E)

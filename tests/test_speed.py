@@ -7,6 +7,7 @@ import pytest
 from benchmarks import readme, speed
 from benchmarks.arguments import run
 from benchmarks.contest import Failed, contender, take_turns
+from benchmarks.output import RESULTS
 from benchmarks.speed import gap
 from benchmarks.workload import Work, checkpoint
 
@@ -120,7 +121,7 @@ def test_the_status_tells_a_missed_goal_from_a_wrong_output(times, gap, status, 
 
 
 def test_rows_of_another_machine_are_not_mixed_in(tmp_path, capsys):
-    report = json.loads((speed._RESULTS / "speed.json").read_text())
+    report = json.loads((RESULTS / "speed.json").read_text())
     report["machine"]["processor"] = "abacus"
     (tmp_path / "speed.json").write_text(json.dumps(report))
     assert speed._measured_here(tmp_path) == {}
