@@ -150,7 +150,8 @@ def logits(model: Glm5, hidden_BTD: jax.Array, rules: Rules = DECODE) -> jax.Arr
     Returns:
       BTZ float32; on a mesh, of this device's share of the vocabulary.
     """
-    return scores(whole(model.head, Glm5(model.config).head, rules), hidden_BTD)
+    head = whole(model.head, Glm5(model.config).head, rules, hidden_BTD.dtype)
+    return scores(head, hidden_BTD)
 
 
 def predict_ahead(
@@ -252,7 +253,7 @@ def read_ahead(
         selects=selection is None,
     )
     memory = Memory(*cache.pools.mtp.memory(jnp.zeros((), jnp.int32), cache.dtype, cache.page_BW))
-    mtp = whole(model.mtp, Mtp(config), rules)
+    mtp = whole(model.mtp, Mtp(config), rules, before_BTD.dtype)
     hidden_BTD, memory, report = mtp(
         before_BTD, embed(model, tokens_BT, rules), setting, memory, selection
     )
@@ -261,7 +262,7 @@ def read_ahead(
 
 
 def for_decoding(model: Glm5) -> Glm5:
-    """The same model with its experts held as bits, as decoding on CPU needs (`bits.as_bits`)."""
+    """The same model with the weights of its layers and its head held as bits (`bits.as_bits`)."""
     return jax.tree_util.tree_map_with_path(
-        lambda keys, w: as_bits(w) if "experts" in leaf_path(keys).split(".") else w, model
+        lambda keys, w: w if leaf_path(keys) in ("embedding", "norm") else as_bits(w), model
     )

@@ -91,7 +91,7 @@ def run_segment(
         group, blocks, experts = scanned
         updated, observed = [], []
         for slot, (kind, block) in enumerate(zip(segment.plan.unit, blocks, strict=True)):
-            block = whole(block, Block(kind, config), rules)
+            block = whole(block, Block(kind, config), rules, x_BTD.dtype)
             if caches is None:
                 memory, first = None, jnp.zeros((), jnp.int32)
                 own_experts = experts[slot] and whole(experts[slot], Experts(config), rules)

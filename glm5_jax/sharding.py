@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from glm5_jax.bits import from_bits
 from glm5_jax.collectives import BATCH, EXPERT, MODEL, Axes, gathered
 from glm5_jax.errors import InputError
 from glm5_jax.mesh import Sizes, choose_mesh, parse_mesh, single_device
@@ -96,12 +97,20 @@ _SIZES = {
 }
 
 
-def whole(shards: Tree, blueprint: Tree, rules: Rules) -> Tree:
+def whole(
+    shards: Tree, blueprint: Tree, rules: Rules, dtype: jax.typing.DTypeLike | None = None
+) -> Tree:
     """A layer's weights as they are computed with: multiplied out if they are kept in few bits, and
-    gathered along the axes that are only stored."""
+    gathered along the axes that are only stored.
+
+    Args:
+      dtype: of weights that are held as bits.
+    """
 
     def gather(weight: ParamSpec, kept: jax.Array | Quantized) -> jax.Array:
         shard = multiplied_out(kept)
+        if dtype is not None:
+            shard = from_bits(shard, dtype)
         for dim, (name, axes) in enumerate(zip(weight.axes, rules.divisors(weight), strict=True)):
             if name in rules.stored:
                 shard = gathered(shard, axes, dim)
