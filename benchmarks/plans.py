@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.arguments import parser, run
 from benchmarks.commands import NAMES
 from benchmarks.output import RESULTS, commit, write_results
+from glm5_jax.errors import InputError
 
 _PLANS: tuple[tuple[str, ...], ...] = (
     ("glm5_jax", "glm-5", "--topology", "v6e:16x16", "--job", "decode"),
@@ -61,17 +62,27 @@ def main(arguments: list[str] | None = None) -> int:
     """Plans and prints; returns the exit status."""
     command_line = parser(__doc__)
     command_line.add_argument("--few-bits", action="store_true", help="of weights in few bits")
-    command_line.add_argument("--only", default="", help="plans that have this in their command")
+    command_line.add_argument(
+        "--only",
+        default="",
+        help="plans that have this in their command; others only if never made",
+    )
     args = command_line.parse_args(arguments)
     name, command, plans = "plans", "python -m benchmarks.plans", _PLANS
     if args.few_bits:
         name, command, plans = "plans_few_bits", f"{command} --few-bits", _FEW_BITS
-    known = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
-    before = {row["command"]: row for row in known}
+    report = json.loads((RESULTS / f"{name}.json").read_text())
+    before = {row["command"]: row for row in report["rows"]}
+    commands = [command_of(*plan) for plan in plans]
+    if not any(args.only in command for command in commands):
+        raise InputError(
+            f"--only {args.only!r:.80}: in no plan's command, expected part of one of "
+            + ", ".join(commands)
+        )
     rows, lines = [], []
-    for plan in plans:
-        planned = command_of(*plan)
-        rows.append(row := run_plan(*plan) if args.only in planned else before[planned])
+    for plan, planned in zip(plans, commands, strict=True):
+        known = planned in before and args.only not in planned
+        rows.append(row := before[planned] if known else run_plan(*plan))
         lines += [f"`{row['command']}`", "", "```", row["output"], "```", ""]
         lines += [f"{row['seconds']:.0f} s and {row['peak_mib']:,} MiB of memory here.", ""]
         print("\n".join(lines[-8:]), flush=True)

@@ -4,7 +4,7 @@ import os
 import numpy as np
 import pytest
 
-from benchmarks import readme, speed
+from benchmarks import plans, readme, speed
 from benchmarks.arguments import run
 from benchmarks.contest import Failed, contender, take_turns
 from benchmarks.output import RESULTS
@@ -92,17 +92,18 @@ def test_the_readme_has_the_tables_that_were_measured():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "why"),
+    ("benchmark", "arguments", "why"),
     [
-        (["--cores", "0"], "argument --cores: is '0', expected an integer from 1 to"),
-        (["--cores", "4096"], "argument --cores: is '4096', expected an integer from 1 to"),
-        (["--only", "prefil float"], "--only 'prefil float': no row begins so, expected"),
+        (speed, ["--cores", "0"], "argument --cores: is '0', expected an integer from 1 to"),
+        (speed, ["--cores", "4096"], "argument --cores: is '4096', expected an integer from 1 to"),
+        (speed, ["--only", "prefil float"], "--only 'prefil float': no row begins so, expected"),
+        (plans, ["--only", "v7:1x1"], "--only 'v7:1x1': in no plan's command, expected part of"),
     ],
 )
-def test_what_cannot_be_measured_is_one_line(arguments, why, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["speed", *arguments])
+def test_what_cannot_be_measured_is_one_line(benchmark, arguments, why, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [benchmark.__name__, *arguments])
     with pytest.raises(SystemExit) as end:
-        run(speed.main)
+        run(benchmark.main)
     said = capsys.readouterr().err
     assert end.value.code == 2 and why in said and said.count("\n") == 1
 
