@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.workload import Work, remembered
+from benchmarks.workload import NUM_LAST, Work, remembered
 
 # Beside the token drawn, how many of the likeliest the engine tells of.
 TOLD = 20
@@ -17,8 +17,8 @@ TOLD = 20
 def make(checkpoint: Path, work: Work) -> Callable[[], np.ndarray]:
     """A `contest.Maker`.
 
-    The output is the last logits; of decoding, the likeliest tokens with their log-probabilities;
-    of training, the loss and the gradients' norm.
+    The output is the logits of the last positions; of decoding, the likeliest tokens with their
+    log-probabilities; of training, the loss and the gradients' norm.
     """
     os.environ["XLA_FLAGS"] = ""  # not those of the process that makes this one, a test perhaps
     import jax
@@ -62,8 +62,8 @@ def _prefill(model: Any, work: Work, partition: Any) -> Callable[[], np.ndarray]
         places = cache.next_places(jnp.full(batch, length), length)
         output = forward(model, tokens_BT, places, cache)
         assert output.cache is not None
-        scores_B1Z = logits(model, output.hidden_BTD[:, -1:])
-        return published(scores_B1Z, (MODEL,), 2)[:, 0], output.cache
+        scores_BPZ = logits(model, output.hidden_BTD[:, -NUM_LAST:])
+        return published(scores_BPZ, (MODEL,), 2), output.cache
 
     specs = (partition.specs(Glm5(config)), ROWS)
     kept = (ROWS, KVCache.specs(config, work.dtype))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.workload import Work, remembered
+from benchmarks.workload import NUM_LAST, Work, remembered
 
 
 class Setting(NamedTuple):
@@ -38,7 +38,9 @@ def settings(kind: str) -> list[Setting]:
 def make(
     checkpoint: Path, work: Work, setting: Setting, ties_in_order: bool = False
 ) -> Callable[[], np.ndarray]:
-    """A `contest.Maker`; the output is the last logits, or the loss and the gradients' norm.
+    """A `contest.Maker`.
+
+    The output is the logits of the last positions, or the loss and the gradients' norm.
 
     Args:
       ties_in_order: whether the indexer is to select the first of tokens with equal scores, as
@@ -63,7 +65,8 @@ def make(
 
     def prefill() -> np.ndarray:
         with torch.no_grad():
-            return run(tokens, use_cache=True, logits_to_keep=1).logits[:, -1].float().numpy()
+            output = run(tokens, use_cache=True, logits_to_keep=NUM_LAST)
+        return output.logits.float().numpy()
 
     def train() -> np.ndarray:
         model.zero_grad()

@@ -13,6 +13,7 @@ from glm5_jax.presets import load_preset
 from glm5_jax.published.names import published_tensors
 
 WEIGHTS = Path("build/benchmarks")
+NUM_LAST = 64  # of the positions of a prompt, whose logits are compared
 
 
 class Work(NamedTuple):

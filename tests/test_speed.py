@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from benchmarks import plans, readme, speed
+from benchmarks.agreement import agrees
 from benchmarks.arguments import run
 from benchmarks.contest import Failed, contender, take_turns
 from benchmarks.output import RESULTS
-from benchmarks.speed import gap
+from benchmarks.speed import gaps
 from benchmarks.workload import Work, checkpoint
 
 
@@ -72,17 +73,34 @@ def test_both_programs_compute_the_same(tmp_path, kind, length, most):
     for make, *more in ((ours.make,), (peer.make, peer.Setting())):
         with contender(make, where, work, *more) as each:
             outputs.append(each.output)
-    assert gap(work, *outputs) < most
+    mine, theirs = outputs
+    assert gaps(work, mine, theirs, theirs)[0] < most
 
 
 def test_a_difference_between_outputs_is_seen():
-    work = Work("prefill", "demo", "float32", 1, 60)
     logits = np.linspace(-2, 2, 5, dtype=np.float32)[None]
-    assert gap(work, logits + np.float32(0.5), logits) == pytest.approx(0.25)
+    both = np.stack([logits, logits], axis=1)
+    off = both + np.array([0, 0.5], np.float32)[:, None]  # at one position of two
+    work = Work("prefill", "demo", "float32", 1, 60)
+    assert gaps(work, off, both, both) == pytest.approx((0.125, 0))
+    assert gaps(work, both, off, both) == pytest.approx((0, 0.125))
+
+
+def test_a_difference_between_likelihoods_is_seen():
+    logits = np.linspace(-2, 2, 5, dtype=np.float32)[None]
     told = np.array([[[4, -0.5], [0, -4.5]]])
     of_logits = logits - np.log(np.exp(logits).sum())
-    expected = max(abs(-0.5 - of_logits[0, 4]), abs(-4.5 - of_logits[0, 0])) / -of_logits[0, 0]
-    assert gap(work._replace(kind="decode"), told, logits) == pytest.approx(expected, rel=1e-5)
+    off = max(abs(-0.5 - of_logits[0, 4]), abs(-4.5 - of_logits[0, 0])) / -of_logits[0, 0]
+    work = Work("decode", "demo", "float32", 1, 60)
+    assert gaps(work, told, logits + 1, logits) == pytest.approx((off, 0), rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "agreed"),
+    [(1e-6, 0.0, True), (0.03, 0.0, False), (0.2, 0.15, True), (0.4, 0.15, False)],
+)
+def test_outputs_agree_that_are_about_as_far_off_as_transformers(ours, theirs, agreed):
+    assert agrees(ours, theirs) == agreed
 
 
 def test_the_readme_has_the_tables_that_were_measured():
@@ -114,8 +132,8 @@ def test_the_status_tells_a_missed_goal_from_a_wrong_output(times, gap, status, 
 
     def measured(row, setting, cores):
         sides = {"ours": side, "theirs": side, "setting": setting._asdict()}
-        numbers = {"goal": row.goal, "times": times, "times_by_cpu": times, "gap": gap}
-        return row.work._asdict() | sides | numbers
+        numbers = {"goal": row.goal, "times": times, "times_by_cpu": times}
+        return row.work._asdict() | sides | numbers | {"gap": gap, "gap_of_theirs": 0.0}
 
     monkeypatch.setattr(speed, "measure", measured)
     assert speed.main(["--only", "prefill float32 1 512"]) == status
