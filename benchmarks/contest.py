@@ -7,6 +7,7 @@ machine falls on both.
 import contextlib
 import dataclasses
 import gc
+import math
 import multiprocessing
 import os
 import statistics
@@ -20,8 +21,20 @@ import numpy as np
 
 from glm5_jax.errors import InputError
 
-# Makes a program: what it returns runs it once, waits until it is done, and returns its output.
-Maker = Callable[..., Callable[[], np.ndarray]]
+
+class Program(NamedTuple):
+    """What takes turns with others."""
+
+    run: Callable[[], object]  # once, until it is done
+    output: Callable[[], np.ndarray]  # what it computes, for comparisons; takes no turn
+
+
+Maker = Callable[..., Program]
+
+# Programs of which a run takes this many seconds are run so often only.
+_LONG_SECONDS, _FEW_ROUNDS = 20.0, 3
+# Of the environment, what would have JAX do something else than it does by itself.
+_JAX_SETTINGS = ("XLA_FLAGS", "JAX_ENABLE_X64", "JAX_COMPILATION_CACHE_DIR")
 
 
 class Lap(NamedTuple):
@@ -41,11 +54,15 @@ class Contender:
 
     process: Any
     connection: Connection
-    seconds_to_prepare: float  # imports, weights, compilation and the first run
-    output: np.ndarray  # of the first run
+    seconds_to_prepare: float  # imports, weights, compilation and the output
+    output: np.ndarray
 
     def run(self, times: int = 1) -> Lap:
-        """Runs it; the mean of some runs in a row."""
+        """Runs it; the mean of some runs in a row.
+
+        Raises:
+          Failed: it ended with an error.
+        """
         return Lap(*self._ask("run", times))
 
     def peak(self) -> float:
@@ -53,7 +70,10 @@ class Contender:
         return float(self._ask("peak", 1))
 
     def _ask(self, what: str, times: int) -> Any:
-        self.connection.send((what, times))
+        try:
+            self.connection.send((what, times))
+        except OSError:
+            raise Failed("its process died") from None
         return _receive(self.connection)
 
 
@@ -87,7 +107,7 @@ def contender(make: Maker, *arguments: Any, cores: int | None = None) -> Iterato
 def _receive(connection: Connection) -> Any:
     try:
         failed, answer = connection.recv()
-    except EOFError:
+    except (EOFError, OSError):
         raise Failed("its process died") from None
     if failed:
         raise Failed(answer)
@@ -99,28 +119,32 @@ def _work(
 ) -> None:
     try:
         os.sched_setaffinity(0, cores)
+        os.environ["JAX_PLATFORMS"] = "cpu"  # where torch is, too
+        for name in _JAX_SETTINGS:
+            os.environ.pop(name, None)
         program = make(*arguments)
-        connection.send((False, program()))
+        connection.send((False, program.output()))
         while True:
             what, times = connection.recv()
-            connection.send((False, _peak(program) if what == "peak" else _lap(program, times)))
+            found = _peak(program.run) if what == "peak" else _lap(program.run, times)
+            connection.send((False, found))
     except (EOFError, BrokenPipeError):
         return
     except Exception as error:  # whatever it is, the one who waits must hear of it
         connection.send((True, f"{type(error).__name__}: {error}"))
 
 
-def _lap(program: Callable[[], Any], times: int) -> Lap:
+def _lap(run: Callable[[], object], times: int) -> Lap:
     began, used = time.perf_counter(), time.process_time()
     for _ in range(times):
-        program()
+        run()
     return Lap((time.perf_counter() - began) / times, (time.process_time() - used) / times)
 
 
-def _peak(program: Callable[[], Any]) -> int:
+def _peak(run: Callable[[], object]) -> int:
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
-    program()
+    run()
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return 1024 * int(line.split()[1])
@@ -133,6 +157,7 @@ class Result(NamedTuple):
     laps: list[Lap]
     seconds_to_prepare: float
     output: np.ndarray
+    peak: float = math.nan  # bytes, where it was asked for
 
     @property
     def seconds(self) -> float:
@@ -152,13 +177,20 @@ class Result(NamedTuple):
 
 
 def take_turns(
-    makers: Mapping[str, tuple[Any, ...]], rounds: int, lap_seconds: float, cores: int | None = None
+    makers: Mapping[str, tuple[Any, ...]],
+    rounds: int,
+    lap_seconds: float,
+    cores: int | None = None,
+    *,
+    with_peaks: bool = False,
 ) -> dict[str, Result]:
     """Runs programs in turns, A B A B.
 
     Args:
       makers: by name, a `Maker` and its arguments.
+      rounds: laps of each, fewer if one takes long.
       lap_seconds: about how long a lap is to take; a long run is a lap by itself.
+      with_peaks: whether each is run once more, for the most memory that it takes.
     """
     with contextlib.ExitStack() as stack:
         ready = {
@@ -166,16 +198,19 @@ def take_turns(
             for name, maker in makers.items()
         }
         laps: dict[str, list[Lap]] = {name: [] for name in ready}
-        times = {name: _times(each, lap_seconds) for name, each in ready.items()}
+        seconds = {name: each.run().seconds for name, each in ready.items()}  # warms up, too
+        times = {name: max(1, round(lap_seconds / seconds[name])) for name in ready}
+        if max(seconds.values()) > _LONG_SECONDS:
+            rounds = min(rounds, _FEW_ROUNDS)
         for _ in range(rounds):
             for name, each in ready.items():
                 laps[name].append(each.run(times[name]))
         return {
-            name: Result(laps[name], each.seconds_to_prepare, each.output)
+            name: Result(
+                laps[name],
+                each.seconds_to_prepare,
+                each.output,
+                each.peak() if with_peaks else math.nan,
+            )
             for name, each in ready.items()
         }
-
-
-def _times(each: Contender, lap_seconds: float) -> int:
-    """How many runs make a lap. It also warms up."""
-    return max(1, round(lap_seconds / each.run().seconds))

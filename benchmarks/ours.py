@@ -1,26 +1,24 @@
 """This project's programs, as `contest` runs them."""
 
 import dataclasses
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.contest import Program
 from benchmarks.workload import NUM_LAST, Work, remembered
 
 # Beside the token drawn, how many of the likeliest the engine tells of.
 TOLD = 20
 
 
-def make(checkpoint: Path, work: Work) -> Callable[[], np.ndarray]:
+def make(checkpoint: Path, work: Work) -> Program:
     """A `contest.Maker`.
 
     The output is the logits of the last positions; of decoding, the likeliest tokens with their
-    log-probabilities; of training, the loss and the gradients' norm.
+    log-probabilities; of gradients, the loss and their norm.
     """
-    os.environ["XLA_FLAGS"] = ""  # not those of the process that makes this one, a test perhaps
     import jax
     import jax.numpy as jnp
 
@@ -31,14 +29,14 @@ def make(checkpoint: Path, work: Work) -> Callable[[], np.ndarray]:
     partition = Partition(single_device(), DECODE)
     model = load_model(checkpoint, jnp.dtype(work.dtype), partition)
     with jax.set_mesh(partition.mesh):
-        if work.kind == "train":
-            return _train(model, work, partition)
+        if work.kind == "gradient":
+            return _gradient(model, work, partition)
         if work.kind == "prefill":
             return _prefill(model, work, partition)
         return _decode(model, work, partition)
 
 
-def _prefill(model: Any, work: Work, partition: Any) -> Callable[[], np.ndarray]:
+def _prefill(model: Any, work: Work, partition: Any) -> Program:
     import jax
     import jax.numpy as jnp
 
@@ -69,13 +67,13 @@ def _prefill(model: Any, work: Work, partition: Any) -> Callable[[], np.ndarray]
     kept = (ROWS, KVCache.specs(config, work.dtype))
     compiled = jax.jit(partition.on_shards(prefill, specs, kept))
 
-    def run() -> np.ndarray:
-        return np.asarray(jax.block_until_ready(compiled(model, tokens_BT))[0])
+    def run() -> Any:
+        return jax.block_until_ready(compiled(model, tokens_BT))
 
-    return run
+    return Program(run, lambda: np.asarray(run()[0]))
 
 
-def _decode(model: Any, work: Work, partition: Any) -> Callable[[], np.ndarray]:
+def _decode(model: Any, work: Work, partition: Any) -> Program:
     """One step of the engine, whose pages lie in no order."""
     import jax.numpy as jnp
 
@@ -103,19 +101,20 @@ def _decode(model: Any, work: Work, partition: Any) -> Callable[[], np.ndarray]:
     request = Request(prompt=(1,), max_new_tokens=1, alternatives=TOLD)
     turn = Turn.of([request] * batch, table_BW, 0)
     ones_B = np.ones(batch, np.int32)
-    turn = turn._replace(
-        token_BT=work.tokens(), num_fresh_B=ones_B, length_B=context * ones_B, count_B=ones_B
-    )
+    turn = turn._replace(num_fresh_B=ones_B, length_B=context * ones_B, count_B=ones_B)
+    turns = [turn._replace(token_BT=token_B[:, None]) for token_B in work.tokens().T]
     model = for_decoding(model)
 
-    def run() -> np.ndarray:
+    def decoded(turn: Turn) -> np.ndarray:
         state, outcome = compiled_steps(build).advance(model, states.pop(), turn)
         states.append(state)
         told = outcome.likelihoods
         best = np.asarray(told.best_BM)[:, 0], np.asarray(told.best_logprob_BM)[:, 0]
         return np.stack(best, axis=-1)
 
-    return run
+    return Program(
+        lambda: decoded(turns[0]), lambda: np.stack([decoded(turn) for turn in turns], axis=1)
+    )
 
 
 def _filled(pools: Any, config: Any, work: Work, order_BW: np.ndarray) -> Any:
@@ -139,8 +138,8 @@ def _filled(pools: Any, config: Any, work: Work, order_BW: np.ndarray) -> Any:
     return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), shapes, pools)
 
 
-def _train(model: Any, work: Work, partition: Any) -> Callable[[], np.ndarray]:
-    """The gradient of the loss of the next token."""
+def _gradient(model: Any, work: Work, partition: Any) -> Program:
+    """That of the loss of the next token."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -165,10 +164,12 @@ def _train(model: Any, work: Work, partition: Any) -> Callable[[], np.ndarray]:
 
     specs = partition.specs(Glm5(model.config))
     compiled = jax.jit(partition.on_shards(gradient, (specs, ROWS), (PartitionSpec(), specs)))
-    norm = jax.jit(optax.global_norm)
 
-    def run() -> np.ndarray:
-        value, gradients = compiled(model, tokens_BT)
-        return np.array([value, norm(gradients)])
+    def run() -> tuple[jax.Array, Glm5]:
+        return jax.block_until_ready(compiled(model, tokens_BT))
 
-    return run
+    def output() -> np.ndarray:
+        value, gradients = run()
+        return np.array([[value], [jax.jit(optax.global_norm)(gradients)]])
+
+    return Program(run, output)

@@ -1,12 +1,12 @@
 """What is compared with: transformers' GLM-5, whose attention to few tokens is a mask over all."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.contest import Program
 from benchmarks.workload import NUM_LAST, Work, remembered
 
 
@@ -35,12 +35,11 @@ def settings(kind: str) -> list[Setting]:
     ]
 
 
-def make(
-    checkpoint: Path, work: Work, setting: Setting, ties_in_order: bool = False
-) -> Callable[[], np.ndarray]:
+def make(checkpoint: Path, work: Work, setting: Setting, ties_in_order: bool = False) -> Program:
     """A `contest.Maker`.
 
-    The output is the logits of the last positions, or the loss and the gradients' norm.
+    The output is the logits of the last positions or of the tokens decoded; of gradients, the loss
+    and their norm.
 
     Args:
       ties_in_order: whether the indexer is to select the first of tokens with equal scores, as
@@ -68,16 +67,22 @@ def make(
             output = run(tokens, use_cache=True, logits_to_keep=NUM_LAST)
         return output.logits.float().numpy()
 
-    def train() -> np.ndarray:
+    def gradient() -> Any:
         model.zero_grad()
         loss = run(tokens, labels=tokens, use_cache=False).loss
         loss.backward()
+        return loss
+
+    def loss_and_norm() -> np.ndarray:
+        loss = gradient().item()
         squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
-        return np.array([loss.item(), torch.stack(squares).sum().sqrt().item()])
+        return np.array([[loss], [torch.stack(squares).sum().sqrt().item()]])
 
     if work.kind == "prefill":
-        return prefill
-    return train if work.kind == "train" else _decode(model, run, tokens, work)
+        return Program(prefill, prefill)
+    if work.kind == "gradient":
+        return Program(gradient, loss_and_norm)
+    return _decode(model, run, tokens, work)
 
 
 class _Highest(NamedTuple):
@@ -90,7 +95,7 @@ def _first_of_equal(values: Any, k: int, dim: int = -1) -> _Highest:
     return _Highest(*(part.narrow(dim, 0, k) for part in falling))
 
 
-def _decode(model: Any, run: Any, tokens: Any, work: Work) -> Callable[[], np.ndarray]:
+def _decode(model: Any, run: Any, tokens: Any, work: Work) -> Program:
     """One token after so many, which are in the cache; each time the same, for the cache is cut."""
     import torch
     from transformers import DynamicCache
@@ -103,11 +108,14 @@ def _decode(model: Any, run: Any, tokens: Any, work: Work) -> Callable[[], np.nd
         if kind == "full":
             cache.update_indexer(keys, layer)
 
-    def decode() -> np.ndarray:
+    def decoded(token: Any) -> np.ndarray:
         with torch.no_grad():
-            logits = run(tokens, past_key_values=cache, use_cache=True).logits[:, -1]
+            logits = run(token, past_key_values=cache, use_cache=True).logits[:, -1]
         for layer in cache.layers:
             layer.crop(-1)
         return logits.float().numpy()
 
-    return decode
+    each = tokens.split(1, dim=1)
+    return Program(
+        lambda: decoded(each[0]), lambda: np.stack([decoded(token) for token in each], axis=1)
+    )

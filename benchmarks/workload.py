@@ -1,6 +1,7 @@
 """What is measured: a model, and what it is to do."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -9,19 +10,22 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from glm5_jax.config import Config
+from glm5_jax.config_json import parse_config
 from glm5_jax.presets import load_preset
 from glm5_jax.published.names import published_tensors
 
 WEIGHTS = Path("build/benchmarks")
-NUM_LAST = 64  # of the positions of a prompt, whose logits are compared
+# Positions whose outputs are compared: the last ones of a prompt; after a context, the tokens that
+# are decoded, each alone.
+NUM_LAST, NUM_DECODED = 64, 8
 
 
 class Work(NamedTuple):
     """One row of a table."""
 
     # prefill: read `length` tokens, and keep them in a cache; decode: one more token after
-    # `length`; train: the gradient of the loss of the next token.
-    kind: Literal["prefill", "decode", "train"]
+    # `length`; gradient: that of the loss of the next token.
+    kind: Literal["prefill", "decode", "gradient"]
     preset: str
     dtype: str
     batch: int
@@ -33,8 +37,9 @@ class Work(NamedTuple):
         return cls(*(row[field] for field in cls._fields))
 
     def tokens(self) -> np.ndarray:
-        """What is read, at random."""
-        length = 1 if self.kind == "decode" else self.length
+        """What is read, BT, at random; of decoding, tokens each of which may be the next."""
+        decodes = self.kind == "decode"
+        length = max(1, NUM_DECODED // self.batch) if decodes else self.length
         vocabulary = load_preset(self.preset).config.vocab_size
         return np.random.default_rng(0).integers(1, vocabulary, (self.batch, length), np.int32)
 
@@ -56,16 +61,19 @@ def remembered(work: Work, layer: int) -> tuple[np.ndarray, np.ndarray]:
 def checkpoint(preset: str, folder: Path = WEIGHTS) -> Path:
     """A published checkpoint of the preset's sizes with random weights, made if it is not there.
 
-    Its latent norms have transformers' epsilon, which is not what the published config says.
+    It is what transformers computes: latent norms have its epsilon, which is not what the published
+    config says, and there is no MTP layer.
     """
     directory = folder / preset
-    if not directory.exists():
-        published = load_preset(preset)
+    raw = load_preset(preset).raw | {"mla_norm_eps": 1e-6, "num_nextn_predict_layers": 0}
+    text = json.dumps(raw)
+    if not directory.exists() or (directory / "config.json").read_text() != text:
+        shutil.rmtree(directory, ignore_errors=True)
         making = directory.with_suffix(".making")
         making.mkdir(parents=True, exist_ok=True)
-        raw = published.raw | {"mla_norm_eps": 1e-6}
-        (making / "config.json").write_text(json.dumps(raw))
-        save_file(_weights(published.config), making / "model.safetensors", {"format": "pt"})
+        (making / "config.json").write_text(text)
+        weights = _weights(parse_config(raw).config)
+        save_file(weights, making / "model.safetensors", {"format": "pt"})
         making.rename(directory)
     return directory
 
