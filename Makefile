@@ -7,6 +7,10 @@ EXTRAS ?= dev,parity
 BIN := .venv/bin
 # After a benchmark: a goal that is missed is told of, and ends nothing.
 OR_MISSED := || [ $$? = 3 ]
+comma := ,
+# What is installed, extras joined by hyphens; the planner's benchmarks need libtpu, too.
+DEV := .venv/.dev-$(subst $(comma),-,$(EXTRAS))
+DEV_AND_TPU := .venv/.dev-dev-parity-tpu
 INSTALL := $(BIN)/python -m pip install --quiet --editable
 
 .PHONY: help demo test test-quick mutants bench bench-full lint format clean
@@ -17,8 +21,7 @@ help:
 	@echo "make test-quick  tests only, without those marked slow"
 	@echo "make mutants     show that known bugs, put in on purpose, fail tests"
 	@echo "make bench       speed beside transformers, start-up, rooflines: the rows that take minutes"
-	@echo "make bench-full  all rows, written to benchmarks/results and the README (hours;"
-	@echo "                 with EXTRAS=dev,parity,tpu)"
+	@echo "make bench-full  all rows, written to benchmarks/results and the README (hours)"
 	@echo "make format      format the code"
 	@echo "make clean       remove .venv and build"
 
@@ -30,14 +33,14 @@ help:
 	$(INSTALL) '.[train,serve]'
 	@touch $@
 
-.venv/.dev: .venv/pyvenv.cfg pyproject.toml
-	$(INSTALL) '.[$(EXTRAS)]'
+.venv/.dev-%: .venv/pyvenv.cfg pyproject.toml
+	$(INSTALL) '.[$(subst -,$(comma),$*)]'
 	@touch $@ .venv/.run
 
 demo: .venv/.run
 	$(BIN)/python -m benchmarks.demo
 
-lint: .venv/.dev
+lint: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -45,19 +48,20 @@ lint: .venv/.dev
 test: lint
 	$(BIN)/python -m pytest -n auto --dist loadfile --durations 25
 
-test-quick: .venv/.dev
+test-quick: $(DEV)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow'
 
-mutants: .venv/.dev
+mutants: $(DEV)
 	$(BIN)/python -m tests.mutants
 
-bench: .venv/.dev
+bench: $(DEV)
 	$(BIN)/python -m benchmarks.speed $(OR_MISSED)
 	$(BIN)/python -m benchmarks.startup $(OR_MISSED)
 	$(BIN)/python -m benchmarks.roofline machine
 
-bench-full: .venv/.dev
+bench-full: $(DEV_AND_TPU)
 	$(BIN)/python -m benchmarks.speed --full --results benchmarks/results $(OR_MISSED)
+	$(BIN)/python -m benchmarks.training_step --results benchmarks/results $(OR_MISSED)
 	$(BIN)/python -m benchmarks.memory --results benchmarks/results $(OR_MISSED)
 	$(BIN)/python -m benchmarks.startup --results benchmarks/results $(OR_MISSED)
 	$(BIN)/python -m benchmarks.decode --results benchmarks/results $(OR_MISSED)
@@ -67,7 +71,7 @@ bench-full: .venv/.dev
 	$(BIN)/python -m benchmarks.claims --results benchmarks/results
 	$(BIN)/python -m benchmarks.readme
 
-format: .venv/.dev
+format: $(DEV)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.arguments import parser, run
-from benchmarks.output import write_results
+from benchmarks.output import own_command, write_results
 from benchmarks.passes import (
     CHIP,
     PORTION,
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(lines))
     if args.results is not None:
         rows = [each._asdict() | {"holds": each.holds} for each in found]
-        command = "python -m benchmarks.claims --results benchmarks/results"
+        command = own_command("claims", arguments)
         write_results(args.results, "claims", command, rows, lines, *_PACKAGES)
     return 1 if any(each.holds is False for each in found) else 0
 

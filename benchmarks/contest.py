@@ -29,6 +29,7 @@ class Program(NamedTuple):
     output: Callable[[], np.ndarray]  # what it computes, for comparisons; takes no turn
 
 
+# Makes a program, in the process that is to run it.
 Maker = Callable[..., Program]
 
 # Programs of which a run takes this many seconds are run so often only.

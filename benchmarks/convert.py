@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.output import write_results
+from benchmarks.output import own_command, write_results
 
 SETTINGS = {
     "hidden_size": 2048,
@@ -202,7 +202,7 @@ def main() -> None:
         )
     table += ["", f"Converted back and compared: {rows[-1]['came back']}."]
     print("\n".join(table))
-    command = f"python -m benchmarks.convert --repeats {args.repeats}"
+    command = own_command("convert")
     write_results(args.results, "convert", command, rows, table, "safetensors", "tensorstore")
     draw(rows, args.results / "convert.png")
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.commands import add_model, prepare_for
-from benchmarks.output import write_results
+from benchmarks.output import own_command, write_results
 from glm5_jax.inference.engine import Engine
 from glm5_jax.inference.request import Request, Sampling
 from glm5_jax.inference.tokenizer import Tokenizer
@@ -141,7 +141,7 @@ def main() -> int:
     )
     print("\n".join([title, "", *lines]))
     if args.results is not None:
-        command = "python -m benchmarks.drafts --results benchmarks/results"
+        command = own_command("drafts")
         write_results(args.results, "drafts", command, rows, [title, "", *lines])
     return 0
 

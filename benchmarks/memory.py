@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from benchmarks import ours, peer
 from benchmarks.arguments import MISSED, parser, run
 from benchmarks.contest import contender
-from benchmarks.output import write_results
+from benchmarks.output import own_command, write_results
 from benchmarks.peer import Setting
 from benchmarks.workload import Work, checkpoint
 
@@ -42,10 +42,14 @@ def main(arguments: list[str] | None = None) -> int:
     table = ["| program | tokens read | most memory, GB |", "|---|---|---|"]
     table += [f"| {peak.who} | {peak.length:,} | {peak.bytes / 1e9:.2f} |" for peak in peaks]
     short, long = (peak.bytes for peak in peaks if peak.who == "here")
-    table += ["", f"From {_LENGTHS[0]:,} to {_LENGTHS[1]:,} tokens: {long / short:.2f} times."]
+    table += [
+        "",
+        f"From {_LENGTHS[0]:,} to {_LENGTHS[1]:,} tokens: {long / short:.2f} times (at most "
+        f"{_MOST_GROWTH:g}); at {_LENGTHS[0]:,} at most {_MOST_BYTES / 1e9:g} GB.",
+    ]
     print("\n".join(table))
     if args.results:
-        command = "python -m benchmarks.memory --results benchmarks/results"
+        command = own_command("memory", arguments)
         rows = [peak._asdict() for peak in peaks]
         write_results(args.results, "memory", command, rows, table, "torch", "transformers")
     return MISSED if short > _MOST_BYTES or long > _MOST_GROWTH * short else 0

@@ -3,7 +3,10 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,24 @@ def describe_machine(*more: str) -> dict[str, Any]:
     }
 
 
+def own_command(module: str, arguments: Sequence[str] | None = None) -> str:
+    """The command that a benchmark was called with.
+
+    Args:
+      arguments: those of the process unless given.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    return shlex.join(["python", "-m", f"benchmarks.{module}", *map(str, given)])
+
+
+def measured_on(command: str, machine: dict[str, Any]) -> str:
+    """What stands below a table: how its numbers were made."""
+    return (
+        f"`{command}` at {machine['commit']}, on {machine['cores']} cores ({machine['processor']}, "
+        f"{machine['memory_gib']} GiB), Python {machine['python']}, jax {machine['jax']}."
+    )
+
+
 def write_results(
     folder: Path,
     name: str,
@@ -33,18 +54,21 @@ def write_results(
     *more: str,
     runs: dict[str, dict[str, Any]] | None = None,
 ) -> None:
-    """Writes `name.json`, and a table for readers as `name.md`.
+    """Writes `name.json`, and a table for readers as `name.md`, which says how it was measured.
 
     Args:
+      command: as `own_command` has it.
       more: packages beside the usual whose versions matter.
       runs: what the numbers are of, if it was made earlier: by name, how.
     """
-    report = {"command": command, "machine": describe_machine(*more), "rows": rows}
+    machine = describe_machine(*more)
+    report = {"command": command, "machine": machine, "rows": rows}
     if runs is not None:
         report["runs"] = runs
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
-    (folder / f"{name}.md").write_text("\n".join(table) + "\n")
+    lines = [*table, "", measured_on(command, machine)]
+    (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
 
 
 def _processor() -> str:

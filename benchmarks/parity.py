@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from benchmarks.output import write_results
+from benchmarks.output import own_command, write_results
 from glm5_jax.load import load_model
 from glm5_jax.model import Glm5, forward, logits, predict_ahead
 from glm5_jax.places import Places
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append({"case": name, **row})
         print(f"{name}: {row}", flush=True)
     if args.results:
-        command = f"python -m benchmarks.parity --seeds {args.seeds}"
+        command = own_command("parity", arguments)
         write_results(args.results, "parity", command, rows, _table(rows), "torch", "transformers")
     return 0
 

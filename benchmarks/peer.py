@@ -51,8 +51,7 @@ def make(checkpoint: Path, work: Work, setting: Setting, ties_in_order: bool = F
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    if ties_in_order:
-        torch.Tensor.topk = _first_of_equal  # type: ignore[assignment]
+    calls = _take_ties_in_order() if ties_in_order else None
     model = GlmMoeDsaForCausalLM.from_pretrained(
         checkpoint,
         dtype=getattr(torch, work.dtype),
@@ -79,15 +78,40 @@ def make(checkpoint: Path, work: Work, setting: Setting, ties_in_order: bool = F
         return np.array([[loss], [torch.stack(squares).sum().sqrt().item()]])
 
     if work.kind == "prefill":
-        return Program(prefill, prefill)
-    if work.kind == "gradient":
-        return Program(gradient, loss_and_norm)
-    return _decode(model, run, tokens, work)
+        program = Program(prefill, prefill)
+    elif work.kind == "gradient":
+        program = Program(gradient, loss_and_norm)
+    else:
+        program = _decode(model, run, tokens, work)
+    if calls is None:
+        return program
+
+    def output() -> np.ndarray:
+        found = program.output()
+        if not calls:
+            raise RuntimeError("the indexer asked no Tensor.topk, so that ties are in any order")
+        return found
+
+    return program._replace(output=output)
 
 
 class _Highest(NamedTuple):
     values: Any
     indices: Any
+
+
+def _take_ties_in_order() -> list[None]:
+    """Has tensors' topk take the first of equal values; an entry for each call is added."""
+    import torch
+
+    calls: list[None] = []
+
+    def topk(values: Any, k: int, dim: int = -1, **options: Any) -> _Highest:
+        calls.append(None)
+        return _first_of_equal(values, k, dim)
+
+    torch.Tensor.topk = topk  # type: ignore[method-assign, assignment]
+    return calls
 
 
 def _first_of_equal(values: Any, k: int, dim: int = -1) -> _Highest:

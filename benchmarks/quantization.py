@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.commands import add_model, prepare_for, run_command
-from benchmarks.output import write_results
+from benchmarks.output import own_command, write_results
 from convert.quantize import quantize
 from glm5_jax.checkpoint import PARAMS_NAME, is_native
 from glm5_jax.inference.score import score
@@ -141,7 +141,7 @@ def main() -> int:
     lines = list(_lines(rows, errors))
     print("\n".join(lines))
     if args.results is not None:
-        command = "python -m benchmarks.quantization --results benchmarks/results"
+        command = own_command("quantization")
         write_results(args.results, "quantization", command, rows, lines)
     return 0
 

@@ -6,15 +6,22 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-_BLOCK = re.compile(r"(<!-- (benchmarks/results/[\w.]+\.md) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"(<!-- (benchmarks/results/[\w.]+\.md)( without details)? -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def with_tables(text: str) -> str:
-    """The text with every table as it stands in its file."""
+    """The text with every file of results that it names, without details up to the first table."""
 
     def fill(block: re.Match[str]) -> str:
-        begin, path, end = block.groups()
-        return f"{begin}{(ROOT / path).read_text()}{end}"
+        begin, path, without_details, end = block.groups()
+        lines = (ROOT / path).read_text()
+        if without_details:
+            *some, how = lines.split("\n\n")
+            last = next(number for number, part in enumerate(some) if part.startswith("|"))
+            lines = "\n\n".join([*some[: last + 1], how])
+        return f"{begin}{lines}{end}"
 
     return _BLOCK.sub(fill, text)
 

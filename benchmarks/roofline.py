@@ -15,7 +15,7 @@ import jax
 
 from benchmarks.arguments import parser, run
 from benchmarks.minimum import least_of_decoding, weights_as_laid_out
-from benchmarks.output import write_results
+from benchmarks.output import own_command, write_results
 from benchmarks.primitives import measure
 from glm5_jax.mesh import format_mesh
 from glm5_jax.model import Glm5
@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
         lines = list(_chip_lines(rows))
     print("\n".join(lines))
     if args.results is not None:
-        command = f"python -m benchmarks.roofline {args.part} --results benchmarks/results"
+        command = own_command("roofline", arguments)
         write_results(args.results, f"roofline_{args.part}", command, rows, lines, *packages)
     return 0
 

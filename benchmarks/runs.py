@@ -4,16 +4,14 @@ import argparse
 import dataclasses
 import json
 import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import run_command
-from benchmarks.output import commit, write_results
+from benchmarks.output import commit, own_command, write_results
 from train.checkpoint import path_of
 from train.metrics import METRICS_NAME, read_metrics
 
@@ -138,7 +136,7 @@ def publish(
     """Prints the lines, and writes them, the rows and a picture to the folder if there is one."""
     print("\n".join(["", *lines]), flush=True)
     if results is not None:
-        command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
+        command = own_command(name)
         write_results(results, name, command, rows, lines, runs=place.runs)
         draw(results / f"{name}.png")
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.output import write_results
+from benchmarks.output import own_command, write_results
 from glm5_jax.mesh import format_mesh
 from glm5_jax.model import Glm5
 from glm5_jax.plan.programs import Work, find_job
@@ -78,10 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
             rows.append(to_row(job, chips, found))
             print(_line(rows[-1]), flush=True)
     if args.results:
-        command = (
-            f"python -m benchmarks.scaling --preset {args.preset} --chip {args.chip} "
-            f"--compile {' '.join(args.compile)}"
-        )
+        command = own_command("scaling")
         write_results(args.results, "scaling", command, rows, _table(rows), "libtpu")
         _draw(rows, args.results / "scaling.png", f"{args.preset} on {args.chip}")
     return 0

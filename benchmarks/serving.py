@@ -24,7 +24,7 @@ import numpy as np
 import openai
 
 from benchmarks.commands import add_model, prepare_for
-from benchmarks.output import write_results
+from benchmarks.output import own_command, write_results
 from train.data import Data
 
 _CONCURRENCIES = (1, 2, 4, 8, 16, 32)
@@ -262,7 +262,7 @@ def main() -> int:
     )
     print("\n".join([*lines, "", summary]))
     if args.results is not None:
-        command = "python -m benchmarks.serving --results benchmarks/results"
+        command = own_command("serving")
         draw_plot(rows, args.results / "serving.png")
         write_results(args.results, "serving", command, [*rows, soaked], [*lines, "", summary])
     return 1 if growth > 0.05 else 0

@@ -5,7 +5,6 @@ the setting that is its fastest for the row. Needs the extra `parity`.
 """
 
 import json
-import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from benchmarks import ours, peer
 from benchmarks.agreement import agrees, gap, likelihoods
 from benchmarks.arguments import MISSED, add_cores, parser, run
 from benchmarks.contest import Failed, Result, contender, take_turns
-from benchmarks.output import RESULTS, commit, describe_machine, write_results
+from benchmarks.output import RESULTS, commit, describe_machine, own_command, write_results
 from benchmarks.peer import Setting
 from benchmarks.workload import Work, checkpoint
 from glm5_jax.errors import InputError
@@ -195,23 +194,32 @@ def main(arguments: list[str] | None = None) -> int:
     useful: dict[tuple[str, str, int], list[Setting]] = {}
     print("\n".join(HEAD), flush=True)
     measured: dict[Work, dict[str, Any]] = {}
+    failed = False
     for row in rows:
-        if args.full or row.work not in settings:
-            kind, _, dtype, batch, _ = row.work
-            alike = kind, dtype, batch
-            of_kind = [] if args.full else _settings_of(kind, settings)
-            tried = useful.get(alike) or of_kind or peer.settings(kind)
-            useful[alike] = fastest_setting(row.work, tried, args.cores)
-            settings[row.work] = useful[alike][0]
-        measured[row.work] = measure(row, settings[row.work], args.cores)
+        try:
+            if args.full or row.work not in settings:
+                kind, _, dtype, batch, _ = row.work
+                alike = kind, dtype, batch
+                of_kind = [] if args.full else _settings_of(kind, settings)
+                tried = useful.get(alike) or of_kind or peer.settings(kind)
+                useful[alike] = fastest_setting(row.work, tried, args.cores)
+                settings[row.work] = useful[alike][0]
+            result = measure(row, settings[row.work], args.cores)
+        except Failed as failure:  # the other rows may take hours
+            print(f"error: {row.name}: {failure}", file=sys.stderr)
+            failed = True
+            continue
+        measured[row.work] = result | {"command": own_command("speed", arguments)}
         print(line(measured[row.work]), flush=True)
         if args.results:  # at once, as the next row may take an hour
-            _write(args.results, before | measured, arguments)
+            _write(args.results, before | measured)
     for work, result in measured.items():
         if not result["agrees"]:
             off = f"off by {result['gap']:.1e}, transformers' by {result['gap_of_theirs']:.1e}"
             print(f"error: outputs are {off}: {work}", file=sys.stderr)
-            return 1
+            failed = True
+    if failed:
+        return 1
     return MISSED if any(each["times"] < each["goal"] for each in measured.values()) else 0
 
 
@@ -232,12 +240,11 @@ def _measured_here(folder: Path) -> dict[Work, dict[str, Any]]:
     return {Work.of(row): row for row in rows}
 
 
-def _write(folder: Path, measured: dict[Work, dict[str, Any]], arguments: list[str] | None) -> None:
+def _write(folder: Path, measured: dict[Work, dict[str, Any]]) -> None:
     rows = [measured[row.work] for row in ROWS if row.work in measured]
-    given = sys.argv[1:] if arguments is None else arguments
-    command = shlex.join(["python", "-m", "benchmarks.speed", *given])
     table = [*HEAD, *map(line, rows)]
-    write_results(folder, "speed", command, rows, table, *_PACKAGES)
+    # Rows have their own commands and commits.
+    write_results(folder, "speed", own_command("speed", ()), rows, table, *_PACKAGES)
     draw(rows, folder / "speed.png")
 
 

@@ -13,13 +13,13 @@ import time
 from typing import Any
 
 from benchmarks.arguments import MISSED, parser, run
-from benchmarks.output import write_results
+from benchmarks.output import own_command, write_results
 
 _GENERATE = ["glm5_jax", "generate", "--model", "tiny", "--prompt", "def ", "--max-new-tokens", "8"]
 # What is run, and the seconds that it may take.
 PROGRAMS: dict[str, tuple[list[str], float | None]] = {
     "import glm5_jax": (["-c", "import glm5_jax"], 1.5),
-    "import glm5_jax; glm5_jax.forward": (["-c", "import glm5_jax; glm5_jax.forward"], None),
+    "import glm5_jax; glm5_jax.forward": (["-c", "import glm5_jax; glm5_jax.forward"], 1.5),
     "glm5 --help": (["-m", "glm5_jax", "--help"], 0.5),
     "glm5-train --help": (["-m", "train", "--help"], 0.5),
     "glm5-convert --help": (["-m", "convert", "--help"], 0.5),
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         table.append(f"| `{row['what']}` | {statistics.median(row['seconds']):.2f} | {goal} |")
     print("\n".join(table))
     if args.results:
-        command = f"python -m benchmarks.startup --repeats {args.repeats}"
+        command = own_command("startup", arguments)
         write_results(args.results, "startup", command, rows, table)
     missed = [
         row for row in rows if row["goal"] and statistics.median(row["seconds"]) > row["goal"]

@@ -6,8 +6,6 @@ install it.
 
 import dataclasses
 import math
-import shlex
-import sys
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ import numpy as np
 from benchmarks import maxtext_step
 from benchmarks.arguments import MISSED, parser, run
 from benchmarks.contest import Program, Result, take_turns
-from benchmarks.output import write_results
+from benchmarks.output import own_command, write_results
 from glm5_jax.config import Config, IndexerConfig
 from glm5_jax.errors import InputError
 from glm5_jax.presets import load_preset
@@ -177,8 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     said = ["", *verdicts(rows)]
     print("\n".join(said))
     if args.results:
-        given = sys.argv[1:] if arguments is None else arguments
-        command = shlex.join(["python", "-m", "benchmarks.training_step", *given])
+        command = own_command("training_step", arguments)
         flat = [{"contest": title, **row} for title, some in rows.items() for row in some]
         more = ("maxtext",) if args.maxtext else ()
         write_results(args.results, "training_step", command, flat, table + said, *more)

@@ -162,6 +162,18 @@ def test_the_status_tells_a_missed_goal_from_a_wrong_output(times, agrees, statu
     assert speed.main(["--only", "prefill float32 1 512"]) == status
 
 
+def test_a_row_that_fails_does_not_end_the_others(monkeypatch, capsys):
+    tried = []
+
+    def fail(row, setting, cores):
+        tried.append(row.name)
+        raise Failed("out of memory")
+
+    monkeypatch.setattr(speed, "measure", fail)
+    assert speed.main(["--only", "prefill float32"]) == 1
+    assert len(tried) == 4 and "prefill float32 1 512: out of memory" in capsys.readouterr().err
+
+
 def test_rows_of_another_machine_are_not_mixed_in(tmp_path, capsys):
     report = json.loads((RESULTS / "speed.json").read_text())
     report["machine"]["processor"] = "abacus"
