@@ -6,7 +6,11 @@ import math
 import jax
 import jax.numpy as jnp
 
+from glm5_jax.bits import as_bits, from_bits
 from glm5_jax.collectives import alike, platform
+
+# A CPU widens weights that have more elements by blocks of at most as many.
+_WIDENED_AT_ONCE = 2**20
 
 
 def project(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -57,13 +61,33 @@ def _product_of_matrices(subscripts: str, x: jax.Array, weight: jax.Array) -> ja
     if not summed or result + summed != outer + weight_axes:
         return None
     num_summed = math.prod(x.shape[len(outer) :])
-    product = jax.lax.dot_general(
-        x.reshape(-1, num_summed),
-        weight.reshape(-1, num_summed),
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
+    product = _product_by_blocks(x.reshape(-1, num_summed), weight.reshape(-1, num_summed))
     return product.reshape(*x.shape[: len(outer)], *weight.shape[: -len(summed)])
+
+
+def _product_by_blocks(x_RD: jax.Array, weight_ED: jax.Array) -> jax.Array:
+    """The product RE, of which large bfloat16 weights take part by blocks of rows.
+
+    XLA's CPU backend (0.10) multiplies float32 copies of them. That of a vocabulary takes longer to
+    write than to multiply with a token, and a program that needs more than 32 MiB for such copies
+    is given fresh pages by the system at every step.
+    """
+    num_rows, num_summed = weight_ED.shape
+    most = max(1, _WIDENED_AT_ONCE // num_summed)
+    rows = next(each for each in range(min(most, num_rows), 0, -1) if num_rows % each == 0)
+
+    def product(weight_FD: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(
+            x_RD, weight_FD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+
+    if weight_ED.dtype == jnp.float32 or rows == num_rows or rows < most / 4:
+        return product(weight_ED)
+    blocks_NFD = as_bits(weight_ED).reshape(-1, rows, num_summed)
+    product_NRF = jax.lax.map(
+        lambda block_FD: product(from_bits(block_FD, weight_ED.dtype)), blocks_NFD
+    )
+    return jnp.moveaxis(product_NRF, 0, 1).reshape(-1, num_rows)
 
 
 def _widened(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
