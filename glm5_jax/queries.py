@@ -59,24 +59,36 @@ def map_queries(function: Callable[..., Result], length: int, *queries: Any) -> 
     Returns:
       What `function(*queries)` would. Gradients recompute each block, but for what is named KEPT.
     """
-    batch, num_queries = jax.tree.leaves(queries)[0].shape[:2]
+    num_queries = jax.tree.leaves(queries)[0].shape[1]
     if num_queries <= length:
         return function(*queries)
-    num_blocks = -(-num_queries // length)
-    length = -(-num_queries // num_blocks)  # equal blocks have the least padding
-    padding = num_blocks * length - num_queries
-
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, num_blocks, length, *x.shape[2:]), 1, 0)
-
-    def join(x: jax.Array) -> jax.Array:
-        x = jnp.moveaxis(x, 0, 1).reshape(batch, num_blocks * length, *x.shape[3:])
-        return x[:, :num_queries]
-
     policy = jax.checkpoint_policies.save_only_these_names(KEPT)
     recomputed = jax.checkpoint(lambda block: function(*block), policy=policy)
-    return jax.tree.map(join, jax.lax.map(recomputed, jax.tree.map(split, queries)))
+    return joined(jax.lax.map(recomputed, split(queries, length)), num_queries)
+
+
+def split(queries: Result, length: int) -> Result:
+    """Blocks of a tree of arrays BT...: GBT..., of at most `length` queries, padded with zeros."""
+
+    def parts(x: jax.Array) -> jax.Array:
+        batch, num_queries = x.shape[:2]
+        num_blocks = -(-num_queries // length)
+        equal = -(-num_queries // num_blocks)  # equal blocks have the least padding
+        padding = num_blocks * equal - num_queries
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, num_blocks, equal, *x.shape[2:]), 1, 0)
+
+    return jax.tree.map(parts, queries)
+
+
+def joined(blocks: Result, num_queries: int) -> Result:
+    """Undoes `split`."""
+
+    def whole(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :num_queries]
+
+    return jax.tree.map(whole, blocks)
 
 
 def lengths_in_sight(num_slots: int, least: int) -> tuple[int, ...]:

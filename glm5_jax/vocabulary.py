@@ -38,6 +38,21 @@ def score_of(scores_BTZ: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     return total(jnp.where(is_here_BT, score_BT, 0), (MODEL,))
 
 
+def score_gradient(
+    scores_BTZ: jax.Array,
+    log_total_BT: jax.Array,
+    tokens_BT: jax.Array,
+    d_log_total_BT: jax.Array,
+    d_score_BT: jax.Array,
+) -> jax.Array:
+    """The gradient BTZ of the scores, from those of `log_total` and `score_of`."""
+    row_BT, is_here_BT = _places(tokens_BT, scores_BTZ.shape[-1])
+    row_BT = jnp.where(is_here_BT, row_BT, -1)
+    is_given_BTZ = jnp.arange(scores_BTZ.shape[-1]) == row_BT[..., None]
+    share_BTZ = jnp.exp(scores_BTZ - log_total_BT[..., None])
+    return share_BTZ * d_log_total_BT[..., None] + jnp.where(is_given_BTZ, d_score_BT[..., None], 0)
+
+
 def likeliest(scores_BTZ: jax.Array) -> jax.Array:
     """The token BT with the highest score, the first of several, from shares of the vocabulary."""
     num_here = scores_BTZ.shape[-1]

@@ -227,8 +227,8 @@ MUTANTS = [
     Mutant(
         "MTP losses shifted by one token too few",
         "train/loss.py",
-        "tokens_BT, places, distance, rules)",
-        "tokens_BT, places, max(1, distance - 1), rules)",
+        "            distance,\n            objective.z_weight if",
+        "            max(1, distance - 1),\n            objective.z_weight if",
         "tests/test_stages_parity.py",
     ),
     Mutant(

@@ -158,7 +158,15 @@ def loss(
         seen_ahead = [seen._replace(imbalance=None) for seen in seen_ahead]
     hiddens = [output.hidden_BTD, *(hidden_BTD for hidden_BTD, _ in ahead)]
     sums = [
-        next_token_sums(model, hidden_BTD, tokens_BT, places, distance, rules)
+        next_token_sums(
+            model,
+            hidden_BTD,
+            tokens_BT,
+            places,
+            distance,
+            objective.z_weight if distance == 1 else 0.0,
+            rules,
+        )
         for distance, hidden_BTD in enumerate(hiddens, start=1)
     ]
     nats_D = jnp.stack([each.nats for each in sums]) / followed_D[1:]
@@ -174,19 +182,28 @@ def loss(
     )
     if mtp_weight is None:
         mtp_weight = objective.mtp_weight
-    minimised = _weighted(losses, objective, mtp_weight, model.config)
+    predicting_D = jnp.stack([each.minimised for each in sums]) / followed_D[1:]
+    minimised = _weighted(losses, predicting_D, objective, mtp_weight, model.config)
     return minimised, (losses, total(loads, BATCH))
 
 
 def _weighted(
-    losses: Losses, objective: Objective, mtp_weight: jax.Array | float, config: Config
+    losses: Losses,
+    predicting_D: jax.Array,
+    objective: Objective,
+    mtp_weight: jax.Array | float,
+    config: Config,
 ) -> jax.Array:
-    """What is minimised."""
+    """What is minimised.
+
+    Args:
+      predicting_D: the loss of the next token and of those further ahead, with a gradient.
+    """
     if objective.stage == "warmup":
         return objective.index_weight * losses.indexers
-    minimised = losses.next_token + objective.z_weight * losses.z
+    minimised = predicting_D[0]
     if objective.mtp_depth:
-        minimised = minimised + mtp_weight * jnp.mean(losses.mtp_D)
+        minimised = minimised + mtp_weight * jnp.mean(predicting_D[1:])
     if objective.balance_weight:
         num_layers = sum(kind.mlp == "moe" for kind in config.layers)
         num_layers += objective.mtp_depth if objective.mtp_weight else 0
