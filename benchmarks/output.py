@@ -28,13 +28,16 @@ def describe_machine(*more: str) -> dict[str, Any]:
 
 
 def own_command(module: str, arguments: Sequence[str] | None = None) -> str:
-    """The command that a benchmark was called with.
+    """The command that a benchmark was called with, but for where to write results.
 
     Args:
       arguments: those of the process unless given.
     """
-    given = sys.argv[1:] if arguments is None else arguments
-    return shlex.join(["python", "-m", f"benchmarks.{module}", *map(str, given)])
+    given = [str(each) for each in (sys.argv[1:] if arguments is None else arguments)]
+    if "--results" in given:
+        place = given.index("--results")
+        del given[place : place + 2]
+    return shlex.join(["python", "-m", f"benchmarks.{module}", *given])
 
 
 def measured_on(command: str, machine: dict[str, Any]) -> str:

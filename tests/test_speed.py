@@ -8,7 +8,7 @@ from benchmarks import plans, readme, speed
 from benchmarks.agreement import agrees
 from benchmarks.arguments import run
 from benchmarks.contest import Failed, Program, contender, take_turns
-from benchmarks.output import RESULTS, describe_machine
+from benchmarks.output import RESULTS, describe_machine, own_command
 from benchmarks.speed import gaps
 from benchmarks.workload import Work, checkpoint
 
@@ -209,3 +209,10 @@ def test_of_equal_scores_the_peer_is_made_to_select_the_first():
     scores = torch.tensor([[0.0, 2.0, 0.0, -1.0, 0.0, 2.0]])
     found = _first_of_equal(scores, 4, dim=-1)
     assert found.indices.tolist() == [[1, 5, 0, 2]] and found.values.tolist() == [[2, 2, 0, 0]]
+
+
+def test_a_command_is_told_but_for_where_results_go():
+    given = ["--only", "decode float32", "--results", "somewhere", "--cores", "2"]
+    told = "python -m benchmarks.speed --only 'decode float32' --cores 2"
+    assert own_command("speed", given) == told
+    assert own_command("speed", []) == "python -m benchmarks.speed"
