@@ -24,6 +24,37 @@ def test_rms_norm_rounds_before_it_scales():
     np.testing.assert_array_equal(rms_norm(x, scale, 1e-5), unscaled * scale)
 
 
+def test_gradients_of_rms_norm_are_those_of_its_definition():
+    x, scale, weights = (jnp.asarray(a) for a in arrays((2, 5, 16), (16,), (2, 5, 16)))
+
+    def definition(x, scale):
+        normed = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-3)
+        return jnp.sum(weights * normed * scale)
+
+    def loss(x, scale):
+        return jnp.sum(weights * rms_norm(x, scale, 1e-3))
+
+    expected = jax.grad(definition, argnums=(0, 1))(x, scale)
+    for a, b in zip(jax.grad(loss, argnums=(0, 1))(x, scale), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_rms_norm_have_the_dtypes_of_their_operands():
+    """The scale's is summed over 2,048 rows in float32: in bfloat16 the sum would stand still."""
+    x = jax.random.normal(jax.random.key(0), (2048, 16), jnp.bfloat16)
+    scale, weights = jnp.ones(16), jnp.abs(x).astype(jnp.float32)
+
+    def loss(x, scale):
+        return jnp.sum(rms_norm(x, scale, 1e-5).astype(jnp.float32) * weights)
+
+    by_x, by_scale = jax.grad(loss, argnums=(0, 1))(x, scale)
+    assert by_x.dtype == jnp.bfloat16 and by_scale.dtype == jnp.float32
+    wide = np.asarray(x, np.float64)
+    normed = wide / np.sqrt(np.mean(wide**2, axis=-1, keepdims=True))
+    expected = np.sum(normed * np.asarray(weights, np.float64), axis=0)
+    np.testing.assert_allclose(by_scale, expected, atol=1)
+
+
 def test_layer_norm_subtracts_the_mean():
     x, scale, bias = arrays((3, 16), (16,), (16,))
     expected = numpy_glm5.layer_norm(x.astype(np.float64), scale, bias)
