@@ -111,12 +111,15 @@ def _head_backward(
         by_share_TK = project_f32("TV,KV->TK", by_value_TV, value_KV)
         by_score_TK = share_TK * (by_share_TK + own_T[:, None]) * scale
         by_score_TK = by_score_TK.astype(key_SX.dtype)
-        by_key_KX = project("TK,TX->KX", by_score_TK, query_TX)
-        by_value_KV = project("TK,TV->KV", share_TK.astype(value_SV.dtype), by_value_TV)
+        by_key_XK = project("TX,TK->XK", query_TX, by_score_TK)
+        by_value_VK = project("TV,TK->VK", by_value_TV, share_TK.astype(value_SV.dtype))
+        # Nobody sees past the barrier that they are to be transposed: XLA's CPU backend (0.10)
+        # would rather transpose the larger operand, and be half as fast.
+        by_key_XK, by_value_VK = jax.lax.optimization_barrier((by_key_XK, by_value_VK))
         return (
             project("TK,KX->TX", by_score_TK, key_KX),
-            _padded(by_key_KX, len(key_SX), 0),
-            _padded(by_value_KV, len(value_SV), 0),
+            _padded(by_key_XK.T, len(key_SX), 0),
+            _padded(by_value_VK.T, len(value_SV), 0),
         )
 
     return (*in_version(version, lengths, among_first), None, None)
