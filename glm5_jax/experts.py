@@ -5,6 +5,7 @@ blocks in use then reads each expert's weights where they are; nothing is droppe
 that nobody chose is computed.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from glm5_jax.config import Config
 from glm5_jax.linear import project_f32
 from glm5_jax.params import weight
 from glm5_jax.quantized import is_quantized
+from glm5_jax.queries import in_sight, in_version, lengths_in_sight
 
 # Rows of a block: a block is computed whole and reads its expert's weights once, so it should be
 # full and yet large. Small loads are made one block; large ones at least four.
@@ -26,6 +28,9 @@ _LARGE_BLOCK, _LARGEST_BLOCK = 128, 512
 # Of an accelerator, which reads an expert for longer than it multiplies with up to about so many
 # rows: blocks have twice the mean load there, so that an expert seldom needs to be read again.
 _SMALLEST_ACCELERATOR_BLOCK, _FREE_ROWS = 8, 64
+# On a CPU a block that is not full is computed of the rows in use and few others: it has up to four
+# versions, of no fewer rows than these.
+_FEWEST_ROWS = 16
 # Names the loop in traces: how often it runs depends on the routing, which a planner must estimate.
 BLOCK_LOOP = "expert_blocks"
 
@@ -172,6 +177,30 @@ class _Block(NamedTuple):
     def gates_of(self, gate_TK: jax.Array) -> jax.Array:
         return gate_TK.at[self.token_M, self.choice_M].get(mode="fill", fill_value=0)
 
+    def of_used(
+        self, num_tokens: int, function: Callable[..., Any], by_row: Any, keeps_rows: Any
+    ) -> Any:
+        """A function of arrays by row, computed of no more rows than are in use or little more.
+
+        Args:
+          by_row: a tree of arrays M...
+          keeps_rows: which parts of the result are by row; they get zeros for the rows left out.
+        """
+        num_rows = len(self.token_M)
+        lengths = lengths_in_sight(num_rows, _FEWEST_ROWS)
+
+        def of_first(length: int) -> Any:
+            result = function(*jax.tree.map(lambda rows: rows[:length], by_row))
+            return jax.tree.map(
+                lambda keeps, part: _padded(part, num_rows) if keeps else part, keeps_rows, result
+            )
+
+        return in_version(in_sight(self.token_M < num_tokens, lengths), lengths, of_first)
+
+
+def _padded(rows: jax.Array, num_rows: int) -> jax.Array:
+    return jnp.pad(rows, [(0, num_rows - len(rows))] + [(0, 0)] * (rows.ndim - 1))
+
 
 def _block(plan: Dispatch, number: jax.Array, first_expert: jax.Array) -> _Block:
     return _Block(
@@ -186,7 +215,9 @@ def _weighted_experts(
     def add_block(number: jax.Array, y_TD: jax.Array) -> jax.Array:
         block = _block(plan, number, first_expert)
         expert = _one_expert(experts, block.expert, x_TD.dtype)
-        y_MD = _apply_one(expert, block.rows_of(x_TD), block.gates_of(gate_TK))
+        by_row = (block.rows_of(x_TD), block.gates_of(gate_TK))
+        apply = functools.partial(_apply_one, expert)
+        y_MD = block.of_used(len(x_TD), apply, by_row, keeps_rows=True)
         return y_TD.at[block.token_M].add(y_MD, mode="drop")
 
     nothing_TD = jnp.zeros_like(x_TD, jnp.float32)
@@ -223,9 +254,13 @@ def _backward(saved: _Saved, dy_TD: jax.Array) -> tuple[Experts, None, jax.Array
         d_experts, dx_TD, dgate_TK = carry
         block = _block(plan, number, first_expert)
         expert = _one_expert(experts, block.expert, x_TD.dtype)
-        operands = (expert, block.rows_of(x_TD), block.gates_of(gate_TK))
-        _, pull_back = jax.vjp(_apply_one, *operands)
-        d_expert, dx_MD, dgate_M = pull_back(block.rows_of(dy_TD))
+
+        def pull_back(x_MD: jax.Array, gate_M: jax.Array, dy_MD: jax.Array) -> Any:
+            return jax.vjp(_apply_one, expert, x_MD, gate_M)[1](dy_MD)
+
+        by_row = (block.rows_of(x_TD), block.gates_of(gate_TK), block.rows_of(dy_TD))
+        keeps_rows = (jax.tree.map(lambda _: False, expert), True, True)
+        d_expert, dx_MD, dgate_M = block.of_used(len(x_TD), pull_back, by_row, keeps_rows)
         d_experts = jax.tree.map(
             lambda total, part: total.at[block.expert].add(part.astype(jnp.float32)),
             d_experts,
