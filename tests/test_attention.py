@@ -7,10 +7,10 @@ from glm5_jax.attention import (
     Attention,
     cheapest_form,
     expanded_attention,
-    gathered_attention,
     latent_attention,
 )
 from glm5_jax.cache import Rows
+from glm5_jax.gathered import gathered_attention
 from glm5_jax.params import initialize
 from glm5_jax.places import Places, visible
 from glm5_jax.presets import load_preset

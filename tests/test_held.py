@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm5_jax.attention import cheapest_form, gathered_attention
+from glm5_jax.attention import cheapest_form
+from glm5_jax.gathered import gathered_attention
 from glm5_jax.held import block_of_held, in_blocks
 from glm5_jax.presets import load_preset
 
