@@ -31,11 +31,13 @@ RAW = sharded.RAW | {
     "indexer_types": ["full", "full"],
     "mlp_layer_types": ["dense", "sparse"],
 }
+# The rate is low: Adam makes of a gradient that is all rounding a step of that size, and at 0.01 one
+# held-out token came to lie where rounding decides what is selected.
 STAGES = """
 config = "config.json"
 batch_size = 8
 length = 24
-learning_rate = 0.01
+learning_rate = 0.001
 warmup_steps = 1
 eval_every = 2
 eval_rows = 10
@@ -235,7 +237,7 @@ def require_equal_runs(run, other):
     for record, one in zip(records, expected, strict=True):
         assert record.keys() == one.keys()
         for name in record.keys() - {"stage", "tokens_per_second", "tokens_per_second_per_device"}:
-            np.testing.assert_allclose(record[name], one[name], rtol=1e-5, atol=1e-8, err_msg=name)
+            np.testing.assert_allclose(record[name], one[name], rtol=2e-6, atol=1e-8, err_msg=name)
     restore_checkpoint(run / "step-000004")
 
 
