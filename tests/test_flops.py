@@ -79,6 +79,15 @@ def num_indexers(config):
 
 ALL = LENGTH * (LENGTH + 1) // 2  # each query sees itself and what is before
 SOME = 8 * 9 // 2 + (LENGTH - 8) * 8  # and attends to 8 of them
+
+
+def norms(config):
+    """The gradients of all RMS norms, each of which is summed by two products."""
+    mla = config.mla
+    widths = config.num_layers * (2 * config.dim + mla.q_rank + mla.kv_rank) + config.dim
+    return 2 * 2 * BATCH * LENGTH * widths
+
+
 both = pytest.mark.parametrize("raw", [TINY, SHARED], ids=["full", "shared"])
 
 
@@ -99,7 +108,7 @@ def test_a_dense_gradient_is_counted_exactly_but_for_what_it_computes_again(raw)
     again = experts(config) * sum(kind.mlp == "moe" for kind in config.layers)
     again += scores(config) * config.num_layers
     counted = step_flops(config, objective(), BATCH, LENGTH)
-    assert counted + 3 * masked(config, ALL) + again == traced
+    assert counted + 3 * masked(config, ALL) + again + norms(config) == traced
 
 
 @both

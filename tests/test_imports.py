@@ -28,6 +28,7 @@ ORDER = [
     ["mesh"],
     ["sharding"],
     ["norm", "rope", "cache", "selection", "vocabulary", "candidates", "by_head", "held"],
+    ["softmax", "gathered"],
     ["indexer", "attention", "mlp", "experts"],
     ["exchange"],
     ["moe"],
