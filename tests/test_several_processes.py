@@ -31,7 +31,7 @@ RAW = sharded.RAW | {
     "indexer_types": ["full", "full"],
     "mlp_layer_types": ["dense", "sparse"],
 }
-# The rate is low: Adam makes of a gradient that is all rounding a step of that size, and at 0.01 one
+# The rate is low: of a gradient that is all rounding Adam makes a step of that size, and at 0.01 a
 # held-out token came to lie where rounding decides what is selected.
 STAGES = """
 config = "config.json"
