@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from glm5_jax.collectives import alike, platform
 from glm5_jax.held import Attended
-from glm5_jax.linear import project, project_f32
+from glm5_jax.linear import project, project_f32, sum_of_product
 from glm5_jax.softmax import softmax_of_seen
 
 
@@ -67,9 +67,9 @@ def _gathered_backward(
     dtype = rows_BTKA.dtype
     probs, _ = _gathered_probs(scale, query_BTNA, rows_BTKA, valid_BTK)
     by_probs = project_f32(f"BTKA,BTNA->{order}", rows_BTKA, by_sums_BTNA)
-    own_BTN = jnp.einsum(f"{order},{order}->BTN", probs, by_probs) - by_log_total_BTN
+    own_BTN = sum_of_product(probs, by_probs, (keys,)) - by_log_total_BTN
     by_scores = probs * (by_probs - jnp.expand_dims(own_BTN, keys)) * scale
-    # What is hidden is given some score or other, and where nothing is seen, some of the values.
+    # The scores of hidden keys are constants, also where a query sees nothing and attends to all.
     by_scores = jnp.where(jnp.expand_dims(valid_BTK, heads), by_scores, 0).astype(dtype)
     by_query_BTNA = project(f"{order},BTKA->BTNA", by_scores, rows_BTKA)
     by_rows_BTKA = project(

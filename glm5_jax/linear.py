@@ -2,6 +2,7 @@
 
 import functools
 import math
+import string
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +122,19 @@ def _project_backward(
 
 
 _product.defvjp(_project_forward, _project_backward)
+
+
+def sum_of_product(x: jax.Array, y: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """`jnp.sum(x * y, axes)` of float32 arrays.
+
+    XLA's CPU backend (0.10) is up to a hundred times as fast at it as an einsum. Other backends
+    would round the operands of that.
+    """
+    if platform() != "cpu":
+        return jnp.sum(x * y, axes)
+    letters = string.ascii_lowercase[: x.ndim]
+    kept = "".join(letter for axis, letter in enumerate(letters) if axis not in axes)
+    return jnp.einsum(f"{letters},{letters}->{kept}", x, y)
 
 
 def product_f32(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
