@@ -227,8 +227,8 @@ MUTANTS = [
     Mutant(
         "MTP losses shifted by one token too few",
         "train/loss.py",
-        "            distance,\n            objective.z_weight if",
-        "            max(1, distance - 1),\n            objective.z_weight if",
+        "            distance,\n            z_weight=",
+        "            max(1, distance - 1),\n            z_weight=",
         "tests/test_stages_parity.py",
     ),
     Mutant(

@@ -22,7 +22,7 @@ PLACES = Places.packed(jnp.asarray(SEGMENTS, jnp.int32))
 
 
 def found(model, hidden, distance):
-    return next_token_sums(model, hidden, TOKENS, PLACES, distance, Z_WEIGHT)
+    return next_token_sums(model, hidden, TOKENS, PLACES, distance, z_weight=Z_WEIGHT)
 
 
 def by_hand(model, hidden, distance):

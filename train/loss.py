@@ -72,7 +72,10 @@ class Objective:
 
 
 class Losses(NamedTuple):
-    """The parts of the loss; the first four in nats per token."""
+    """The parts of the loss, to be told; the first four in nats per token.
+
+    Those of tokens that are predicted have no gradient: `loss` returns what does.
+    """
 
     next_token: jax.Array
     mtp_D: jax.Array  # by depth
@@ -164,8 +167,8 @@ def loss(
             tokens_BT,
             places,
             distance,
-            objective.z_weight if distance == 1 else 0.0,
-            rules,
+            z_weight=objective.z_weight if distance == 1 else 0.0,
+            rules=rules,
         )
         for distance, hidden_BTD in enumerate(hiddens, start=1)
     ]

@@ -17,8 +17,8 @@ from glm5_jax.vocabulary import log_total, score_gradient, score_of, scores
 
 Result = TypeVar("Result")
 
-# Every block of tokens reads the whole head and adds to its gradient, which takes about as long as
-# multiplying with so many.
+# With fewer tokens to a block, reading the head and adding to its gradient takes longer than
+# multiplying.
 _FEWEST_TOKENS = 256
 
 
@@ -27,7 +27,7 @@ class Sums(NamedTuple):
 
     nats: jax.Array
     z: jax.Array  # squares of the log-sum-exp of the scores
-    minimised: jax.Array  # both together; it alone has a gradient
+    minimised: jax.Array  # nats + z_weight * z; the other two have no gradient
 
 
 def next_token_sums(
@@ -36,6 +36,7 @@ def next_token_sums(
     tokens_BT: jax.Array,
     places: Places,
     distance: int,
+    *,
     z_weight: float = 0.0,
     rules: Rules = DECODE,
 ) -> Sums:
@@ -60,8 +61,9 @@ def _sums(
 ) -> Sums:
     """The sums over this device's rows, of those tokens that count.
 
-    Scores take more memory than anything else. They are neither kept nor computed again: the
-    gradient, but for its factor, is found beside the sums, of a block of tokens at a time.
+    Scores are neither kept nor computed again: the gradient, but for its factor, is found beside
+    the sums, of a block of tokens at a time. That of the head is summed in float32 and kept in the
+    head's dtype.
 
     Source: Liger Kernel, arXiv:2410.10989, section 3.2.
     """
@@ -70,7 +72,7 @@ def _sums(
     return jax.tree.map(jnp.sum, sums_G)
 
 
-_Gradient = tuple[jax.Array, jax.Array]  # of the head ZD, in float32, and of the hidden states BTD
+_Gradient = tuple[jax.Array, jax.Array]  # of the head ZD and of the hidden states BTD
 
 
 def _sums_forward(
@@ -89,7 +91,7 @@ def _sums_forward(
     nothing_ZD = jnp.zeros_like(head_ZD, jnp.float32)
     d_head_ZD, (sums_G, d_hidden_GBTD) = jax.lax.scan(add_block, nothing_ZD, blocks)
     d_hidden_BTD = joined(d_hidden_GBTD, hidden_BTD.shape[1])
-    return jax.tree.map(jnp.sum, sums_G), (d_head_ZD, d_hidden_BTD)
+    return jax.tree.map(jnp.sum, sums_G), (d_head_ZD.astype(head_ZD.dtype), d_hidden_BTD)
 
 
 def _block_sums(
@@ -115,9 +117,9 @@ def _block_sums(
 def _sums_backward(
     z_weight: float, gradient: _Gradient, d_sums: Sums
 ) -> tuple[jax.Array, jax.Array, None, None]:
-    dtype = gradient[1].dtype
-    scaled = (d_sums.minimised * each.astype(jnp.float32) for each in gradient)
-    d_head_ZD, d_hidden_BTD = (each.astype(dtype) for each in scaled)
+    d_head_ZD, d_hidden_BTD = (
+        (d_sums.minimised * each.astype(jnp.float32)).astype(each.dtype) for each in gradient
+    )
     return d_head_ZD, d_hidden_BTD, None, None
 
 
