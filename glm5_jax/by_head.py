@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from glm5_jax.collectives import alike
 from glm5_jax.linear import project, project_f32
-from glm5_jax.queries import KEPT, in_sight, in_version, lengths_in_sight
+from glm5_jax.queries import KEPT, in_sight, in_version, lengths_in_sight, padded_to
 
 # Fewer tokens than this are not worth a version of their own.
 _FEWEST_KEYS = 256
@@ -83,7 +83,7 @@ def _head_forward(
         part_TK = jnp.where(seen_TK, jnp.exp(scores_TK - most_T1), 0)
         total_T1 = jnp.maximum(jnp.sum(part_TK, axis=-1, keepdims=True), 1)
         value_TV = project_f32("TK,KV->TV", part_TK.astype(value_KV.dtype), value_KV) / total_T1
-        share_TS = _padded(part_TK / total_T1, seen_TS.shape[1], 1)
+        share_TS = padded_to(part_TK / total_T1, seen_TS.shape[1], 1)
         return value_TV, share_TS, (most_T1 + jnp.log(total_T1))[:, 0]
 
     value_TV, share_TS, log_total_T = in_version(version, lengths, among_first)
@@ -118,17 +118,11 @@ def _head_backward(
         by_key_XK, by_value_VK = jax.lax.optimization_barrier((by_key_XK, by_value_VK))
         return (
             project("TK,KX->TX", by_score_TK, key_KX),
-            _padded(by_key_XK.T, len(key_SX), 0),
-            _padded(by_value_VK.T, len(value_SV), 0),
+            padded_to(by_key_XK.T, len(key_SX), 0),
+            padded_to(by_value_VK.T, len(value_SV), 0),
         )
 
     return (*in_version(version, lengths, among_first), None, None)
 
 
 _head.defvjp(_head_forward, _head_backward)
-
-
-def _padded(x: jax.Array, size: int, axis: int) -> jax.Array:
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, padding)

@@ -20,16 +20,15 @@ from glm5_jax.config import Config
 from glm5_jax.linear import project_f32
 from glm5_jax.params import weight
 from glm5_jax.quantized import is_quantized
-from glm5_jax.queries import in_sight, in_version, lengths_in_sight
+from glm5_jax.queries import in_sight, in_version, lengths_in_sight, padded_to
 
-# Rows of a block: a block is computed whole and reads its expert's weights once, so it should be
-# full and yet large. Small loads are made one block; large ones at least four.
+# Rows of a block: a block is computed whole, or nearly, and reads its expert's weights once, so it
+# should be full and yet large. Small loads are made one block; large ones at least four.
 _LARGE_BLOCK, _LARGEST_BLOCK = 128, 512
 # Of an accelerator, which reads an expert for longer than it multiplies with up to about so many
 # rows: blocks have twice the mean load there, so that an expert seldom needs to be read again.
 _SMALLEST_ACCELERATOR_BLOCK, _FREE_ROWS = 8, 64
-# On a CPU a block that is not full is computed of the rows in use and few others: it has up to four
-# versions, of no fewer rows than these.
+# On a CPU a block has versions that leave out rows behind those in use, down to so many.
 _FEWEST_ROWS = 16
 # Names the loop in traces: how often it runs depends on the routing, which a planner must estimate.
 BLOCK_LOOP = "expert_blocks"
@@ -50,7 +49,7 @@ class Experts(nnx.Module):
 
 
 class Dispatch(NamedTuple):
-    """Where each (token, choice) goes among G blocks of M rows."""
+    """Where each (token, choice) goes among G blocks of M rows; those in use come first in each."""
 
     token_GM: jax.Array  # the token in each row; T in rows that are not used
     choice_GM: jax.Array  # which of the token's choices the row is
@@ -180,7 +179,7 @@ class _Block(NamedTuple):
     def of_used(
         self, num_tokens: int, function: Callable[..., Any], by_row: Any, keeps_rows: Any
     ) -> Any:
-        """A function of arrays by row, computed of no more rows than are in use or little more.
+        """A function of arrays by row, computed by the smallest version that has all rows in use.
 
         Args:
           by_row: a tree of arrays M...
@@ -192,14 +191,10 @@ class _Block(NamedTuple):
         def of_first(length: int) -> Any:
             result = function(*jax.tree.map(lambda rows: rows[:length], by_row))
             return jax.tree.map(
-                lambda keeps, part: _padded(part, num_rows) if keeps else part, keeps_rows, result
+                lambda keeps, part: padded_to(part, num_rows) if keeps else part, keeps_rows, result
             )
 
         return in_version(in_sight(self.token_M < num_tokens, lengths), lengths, of_first)
-
-
-def _padded(rows: jax.Array, num_rows: int) -> jax.Array:
-    return jnp.pad(rows, [(0, num_rows - len(rows))] + [(0, 0)] * (rows.ndim - 1))
 
 
 def _block(plan: Dispatch, number: jax.Array, first_expert: jax.Array) -> _Block:

@@ -33,8 +33,8 @@ _KEY_NORM_EPS = 1e-6  # of every published model; not in the config
 _HIDDEN = float(jnp.finfo(jnp.float32).min)  # finite, lest a query that sees nothing yield NaN
 # Up to here a product over all heads is small, and faster than reading the keys once per head.
 _FEW_QUERIES = 8
-# Of keys from pages at a time, on a CPU: of all rows, of each of several, and of any number.
-_GATHERED_BYTES, _GATHERED_BYTES_OF_ROW, _MOST_GATHERED_BYTES = 2**20, 2**19, 2**22
+# Of keys from pages at a time, on a CPU: for each row of a batch, of which two to eight count.
+_GATHERED_BYTES_OF_ROW, _FEWEST_ROWS, _MOST_ROWS = 2**19, 2, 8
 # Names the loop over pages in traces: how often it runs depends on how long the rows are.
 PAGE_LOOP = "index_pages"
 
@@ -210,8 +210,8 @@ def _pages_at_once(keys: Rows, num_queries: int) -> int | None:
 
 def pages_of_block(batch: int, width: int, page_bytes: int) -> int:
     """How many of `width` pages of each row are scored at a time on a CPU."""
-    most_bytes = max(_GATHERED_BYTES, min(batch * _GATHERED_BYTES_OF_ROW, _MOST_GATHERED_BYTES))
-    most = max(1, most_bytes // (batch * page_bytes))
+    rows = min(max(batch, _FEWEST_ROWS), _MOST_ROWS)
+    most = max(1, rows * _GATHERED_BYTES_OF_ROW // (batch * page_bytes))
     return math.gcd(width, 1 << (most.bit_length() - 1))
 
 

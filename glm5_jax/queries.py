@@ -72,7 +72,7 @@ def split(queries: Result, length: int) -> Result:
 
     def parts(x: jax.Array) -> jax.Array:
         batch, num_queries = x.shape[:2]
-        num_blocks = -(-num_queries // length)
+        num_blocks = max(1, -(-num_queries // length))
         equal = -(-num_queries // num_blocks)  # equal blocks have the least padding
         padding = num_blocks * equal - num_queries
         x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
@@ -108,6 +108,13 @@ def in_sight(seen: jax.Array, lengths: Sequence[int]) -> jax.Array:
         return jnp.zeros((), jnp.int32)
     last = jnp.max(jnp.where(seen, jnp.arange(seen.shape[-1]), 0))
     return jnp.sum(last >= jnp.array(lengths[:-1], jnp.int32), dtype=jnp.int32)
+
+
+def padded_to(x: jax.Array, size: int, axis: int = 0) -> jax.Array:
+    """With zeros after what a version of fewer has computed."""
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, padding)
 
 
 def in_version(

@@ -57,6 +57,7 @@ def test_dispatch_gives_every_choice_one_row_of_its_expert(tokens, choices, expe
         token, choice = np.asarray(plan.token_GM), np.asarray(plan.choice_GM)
         block, row = np.nonzero(token < tokens)
         assert np.all(block < plan.num_used)
+        assert np.all(np.diff((token < tokens).astype(int), axis=1) <= 0)  # rows in use come first
         pairs = set(zip(token[block, row].tolist(), choice[block, row].tolist(), strict=True))
         expected = set(map(tuple, np.argwhere(chosen < kept).tolist()))
         assert len(block) == len(expected) and pairs == expected
@@ -70,6 +71,19 @@ def test_output_equals_that_of_computing_every_expert(num_tokens):
     experts, x, chosen, gates = args
     actual = apply_experts(experts, ZERO, x, chosen, gates)
     np.testing.assert_allclose(actual, dense(*args), atol=2e-4)
+
+
+def test_a_block_that_is_not_full_has_versions_of_fewer_rows_on_a_cpu(blocks_of, monkeypatch):
+    experts, x, chosen, gate = problem(num_tokens=600)
+    traced = []
+
+    def apply_one(expert, x_MD, gate_M):
+        traced.append(len(x_MD))
+        return jnp.zeros(x_MD.shape, jnp.float32)
+
+    monkeypatch.setattr("glm5_jax.experts._apply_one", apply_one)
+    jax.make_jaxpr(lambda *arrays: apply_experts(*arrays))(experts, ZERO, x, chosen, gate)
+    assert traced == ([32, 64, 96, 128] if blocks_of == "cpu" else [128])
 
 
 @pytest.mark.parametrize("only", [0, 3, E - 1])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from glm5_jax.cache import Rows
-from glm5_jax.indexer import Indexer, index_scores, taken_scores
+from glm5_jax.indexer import Indexer, index_scores, pages_of_block, taken_scores
 from glm5_jax.places import Places
 from glm5_jax.queries import map_queries
 from glm5_jax.rope import rotation
@@ -130,3 +130,10 @@ def test_blocks_of_queries_give_what_all_queries_at_once_give(length):
         for n in (length, T)
     ]
     np.testing.assert_allclose(*gradients, atol=1e-4)
+
+
+@pytest.mark.parametrize(("batch", "kib"), [(1, 1024), (2, 1024), (4, 2048), (8, 4096), (64, 4096)])
+def test_pages_that_are_scored_at_a_time_fill_what_a_cache_holds(batch, kib):
+    """Of pages of 16 KiB; where a row has fewer, all are."""
+    assert batch * pages_of_block(batch, 2**12, 2**14) * 16 == kib
+    assert pages_of_block(batch, 1, 2**14) == 1
