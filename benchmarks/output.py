@@ -37,6 +37,7 @@ def own_command(module: str, arguments: Sequence[str] | None = None) -> str:
     if "--results" in given:
         place = given.index("--results")
         del given[place : place + 2]
+    given = [each for each in given if not each.startswith("--results=")]
     return shlex.join(["python", "-m", f"benchmarks.{module}", *given])
 
 

@@ -215,4 +215,5 @@ def test_a_command_is_told_but_for_where_results_go():
     given = ["--only", "decode float32", "--results", "somewhere", "--cores", "2"]
     told = "python -m benchmarks.speed --only 'decode float32' --cores 2"
     assert own_command("speed", given) == told
+    assert own_command("speed", ["--results=somewhere", *given[:2], *given[4:]]) == told
     assert own_command("speed", []) == "python -m benchmarks.speed"
