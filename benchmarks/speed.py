@@ -147,15 +147,15 @@ def line(row: dict[str, Any]) -> str:
         f"| {row['times']:.3g} | {row['goal']:g} | {row['times_by_cpu']:.3g} "
         f"| {theirs['spread']:.2f}, {mine['spread']:.2f} "
         f"| {row['gap_of_theirs']:.1e}, {row['gap']:.1e}{'' if row['agrees'] else ' (wrong)'} "
-        f"| {Setting(**row['setting'])} |"
+        f"| {Setting(**row['setting'])} | {row['commit']} |"
     )
 
 
 HEAD = [
     "| work | dtype | rows | tokens | transformers, tokens/s | here, tokens/s | times | goal "
     "| by CPU time | slowest over fastest lap: transformers', here | off by: transformers', here "
-    "| setting of transformers |",
-    "|" + "---|" * 12,
+    "| setting of transformers | at |",
+    "|" + "---|" * 13,
 ]
 
 

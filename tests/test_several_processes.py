@@ -31,8 +31,8 @@ RAW = sharded.RAW | {
     "indexer_types": ["full", "full"],
     "mlp_layer_types": ["dense", "sparse"],
 }
-# The rate is low: of a gradient that is all rounding Adam makes a step of that size, and at 0.01 a
-# held-out token came to lie where rounding decides what is selected.
+# The rate is low: of a gradient that is all rounding Adam makes a step of that size, after which
+# rounding may decide what is selected for a held-out token.
 STAGES = """
 config = "config.json"
 batch_size = 8
