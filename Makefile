@@ -62,6 +62,7 @@ bench: $(DEV)
 bench-full: $(DEV_AND_TPU)
 	$(BIN)/python -m benchmarks.speed --full --results benchmarks/results $(OR_MISSED)
 	$(BIN)/python -m benchmarks.training_step --results benchmarks/results $(OR_MISSED)
+	$(BIN)/python -m benchmarks.rounding --results benchmarks/results
 	$(BIN)/python -m benchmarks.memory --results benchmarks/results $(OR_MISSED)
 	$(BIN)/python -m benchmarks.startup --results benchmarks/results $(OR_MISSED)
 	$(BIN)/python -m benchmarks.decode --results benchmarks/results $(OR_MISSED)

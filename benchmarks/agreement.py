@@ -19,14 +19,18 @@ def likelihoods(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(np.take_along_axis(logits - total, tokens, axis=-1))
 
 
-def gap(output: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference at a position relative to its largest output, in the mean.
+def gaps_by_position(output: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """The largest difference at every position relative to its largest output.
 
     Args:
       output: whose last axis is of one position.
     """
-    most = np.abs(output - expected).max(axis=-1) / np.abs(expected).max(axis=-1)
-    return float(most.mean())
+    return np.asarray(np.abs(output - expected).max(axis=-1) / np.abs(expected).max(axis=-1))
+
+
+def gap(output: np.ndarray, expected: np.ndarray) -> float:
+    """`gaps_by_position` in the mean."""
+    return float(gaps_by_position(output, expected).mean())
 
 
 def agrees(dtype: str, ours: float, theirs: float) -> bool:

@@ -154,7 +154,7 @@ def test_the_status_tells_a_missed_goal_from_a_wrong_output(times, agrees, statu
 
     def measured(row, setting, cores):
         sides = {"ours": side, "theirs": side, "setting": setting._asdict()}
-        numbers = {"goal": row.goal, "times": times, "times_by_cpu": times}
+        numbers = {"goal": row.goal, "times": times, "times_by_cpu": times, "commit": "1234567"}
         outputs = {"gap": 0.1, "gap_of_theirs": 0.0, "agrees": agrees}
         return row.work._asdict() | sides | numbers | outputs
 
