@@ -21,9 +21,6 @@ def gathered_attention(
     return Attended(*_gathered(scale, *alike(query_BTNA, rows_BTKA, valid_BTK)))
 
 
-_Operands = tuple[jax.Array, jax.Array, jax.Array]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gathered(
     scale: float, query_BTNA: jax.Array, rows_BTKA: jax.Array, valid_BTK: jax.Array
@@ -52,13 +49,12 @@ def _gathered_probs(
 
 def _gathered_forward(
     scale: float, *operands: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], _Operands]:
-    query_BTNA, rows_BTKA, valid_BTK = operands
-    return _gathered(scale, *operands), (query_BTNA, rows_BTKA, valid_BTK)
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    return _gathered(scale, *operands), operands
 
 
 def _gathered_backward(
-    scale: float, saved: _Operands, gradients: tuple[jax.Array, jax.Array, jax.Array]
+    scale: float, saved: tuple[jax.Array, ...], gradients: tuple[jax.Array, jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, None]:
     """Keeps nothing that has heads and keys; rows get both parts of theirs in one product."""
     query_BTNA, rows_BTKA, valid_BTK = saved

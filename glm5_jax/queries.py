@@ -74,8 +74,7 @@ def split(queries: Result, length: int) -> Result:
         batch, num_queries = x.shape[:2]
         num_blocks = max(1, -(-num_queries // length))
         equal = -(-num_queries // num_blocks)  # equal blocks have the least padding
-        padding = num_blocks * equal - num_queries
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        x = padded_to(x, num_blocks * equal, 1)
         return jnp.moveaxis(x.reshape(batch, num_blocks, equal, *x.shape[2:]), 1, 0)
 
     return jax.tree.map(parts, queries)
@@ -111,7 +110,7 @@ def in_sight(seen: jax.Array, lengths: Sequence[int]) -> jax.Array:
 
 
 def padded_to(x: jax.Array, size: int, axis: int = 0) -> jax.Array:
-    """With zeros after what a version of fewer has computed."""
+    """With zeros after what there is along an axis."""
     padding = [(0, 0)] * x.ndim
     padding[axis] = (0, size - x.shape[axis])
     return jnp.pad(x, padding)

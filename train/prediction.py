@@ -67,7 +67,7 @@ def _sums(
 
     Source: Liger Kernel, arXiv:2410.10989, section 3.2.
     """
-    blocks = split((hidden_BTD, tokens_BT, counted_BT), _block_length(len(tokens_BT), head_ZD))
+    blocks = _blocks(head_ZD, hidden_BTD, tokens_BT, counted_BT)
     sums_G = jax.lax.map(lambda block: _block_sums(z_weight, head_ZD, *block)[0], blocks)
     return jax.tree.map(jnp.sum, sums_G)
 
@@ -87,11 +87,15 @@ def _sums_forward(
         d_head_ZD += project_f32("BTZ,BTD->ZD", d_scores_BTZ, block[0])
         return d_head_ZD, (sums, project("BTZ,ZD->BTD", d_scores_BTZ, head_ZD))
 
-    blocks = split((hidden_BTD, tokens_BT, counted_BT), _block_length(len(tokens_BT), head_ZD))
+    blocks = _blocks(head_ZD, hidden_BTD, tokens_BT, counted_BT)
     nothing_ZD = jnp.zeros_like(head_ZD, jnp.float32)
     d_head_ZD, (sums_G, d_hidden_GBTD) = jax.lax.scan(add_block, nothing_ZD, blocks)
     d_hidden_BTD = joined(d_hidden_GBTD, hidden_BTD.shape[1])
     return jax.tree.map(jnp.sum, sums_G), (d_head_ZD.astype(head_ZD.dtype), d_hidden_BTD)
+
+
+def _blocks(head_ZD: jax.Array, *by_token: jax.Array) -> tuple[jax.Array, ...]:
+    return split(by_token, _block_length(len(by_token[0]), head_ZD))
 
 
 def _block_sums(
