@@ -45,3 +45,20 @@ def test_rotation_keeps_lengths():
     np.testing.assert_allclose(
         jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("theta", [1e4, 1e6, 8e6])
+def test_far_tokens_turn_as_the_published_implementation_turns_them(theta):
+    """At 200,000 tokens a frequency that is rounded otherwise turns by 1e-3 more or less."""
+    hf = pytest.importorskip("transformers.models.glm_moe_dsa", reason="transformers is missing")
+    torch = pytest.importorskip("torch", reason="PyTorch, the reference, is not installed")
+    config = hf.GlmMoeDsaConfig(
+        qk_rope_head_dim=64, rope_parameters={"rope_type": "default", "rope_theta": theta}
+    )
+    positions = np.random.default_rng(0).integers(0, 202_752, size=500)
+    expected = hf.modeling_glm_moe_dsa.GlmMoeDsaRotaryEmbedding(config)(
+        torch.zeros(1), torch.from_numpy(positions)[None]
+    )
+    turned = rotation(jnp.asarray(positions, jnp.int32)[None], 64, theta)
+    for ours, theirs in zip(turned, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs.numpy()[..., :32], atol=1e-6, rtol=0)
