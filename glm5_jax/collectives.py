@@ -33,6 +33,15 @@ def _present(axes: Axes) -> Axes:
     return tuple(axis for axis in axes if axis in manual)
 
 
+def _crossed(axes: Axes) -> Axes:
+    """Those present along which there are several devices.
+
+    XLA leaves collectives of one device in, and lays their operands out as several would need them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in _present(axes) if mesh.shape[axis] > 1)
+
+
 def platform() -> str:
     """The kind of device that the program at hand is for: cpu, gpu or tpu."""
     if (other := _stood_in_for.get(None)) is not None:
@@ -73,9 +82,9 @@ def total(x: Tree, axes: Axes) -> Tree:
 
 def total_share(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
     """The sum over the shards, of which every device gets its part along a dimension."""
-    if not (present := _present(axes)):
+    if not (crossed := _crossed(axes)):
         return x
-    return jax.lax.psum_scatter(x, present, scatter_dimension=dim, tiled=True)
+    return jax.lax.psum_scatter(x, crossed, scatter_dimension=dim, tiled=True)
 
 
 def largest(x: jax.Array, axes: Axes) -> jax.Array:
@@ -86,8 +95,8 @@ def largest(x: jax.Array, axes: Axes) -> jax.Array:
 
 def gathered(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
     """The shards' parts, one after the other along a dimension."""
-    present = _present(axes)
-    return jax.lax.all_gather(x, present, axis=dim, tiled=True) if present else x
+    crossed = _crossed(axes)
+    return jax.lax.all_gather(x, crossed, axis=dim, tiled=True) if crossed else x
 
 
 def published(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
@@ -99,9 +108,9 @@ def published(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
 
 def exchanged(x: jax.Array, axes: Axes, split: int, join: int) -> jax.Array:
     """Hands shard i the i-th part along `split`; the parts received are joined along `join`."""
-    if not (present := _present(axes)):
+    if not (crossed := _crossed(axes)):
         return x
-    return jax.lax.all_to_all(x, present, split_axis=split, concat_axis=join, tiled=True)
+    return jax.lax.all_to_all(x, crossed, split_axis=split, concat_axis=join, tiled=True)
 
 
 def ragged(
