@@ -45,8 +45,11 @@ def _product(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _accumulated(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    if platform() == "cpu" and (product := _product_of_matrices(subscripts, x, weight)) is not None:
-        return product
+    if platform() == "cpu":
+        if (product := _product_of_matrices(subscripts, x, weight)) is not None:
+            return product
+        if _has_batch_axes(subscripts):
+            return _products_in_order(subscripts, x, weight)
     return jnp.einsum(subscripts, x, weight, preferred_element_type=jnp.float32)
 
 
@@ -64,6 +67,28 @@ def _product_of_matrices(subscripts: str, x: jax.Array, weight: jax.Array) -> ja
     num_summed = math.prod(x.shape[len(outer) :])
     product = _product_by_blocks(x.reshape(-1, num_summed), weight.reshape(-1, num_summed))
     return product.reshape(*x.shape[: len(outer)], *weight.shape[: -len(summed)])
+
+
+def _products_in_order(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The einsum of operands with batch axes, with `x` on the left.
+
+    `jnp.einsum` may multiply the weight by it instead, and XLA's CPU backend (0.10) then makes a
+    transposed copy of it.
+    """
+    operands, result = subscripts.split("->")
+    x_axes, weight_axes = operands.split(",")
+    shared = [axis for axis in x_axes if axis in weight_axes]
+    batch = [axis for axis in shared if axis in result]
+    summed = [axis for axis in shared if axis not in result]
+
+    def of_both(axes: list[str]) -> tuple[list[int], list[int]]:
+        return [x_axes.index(axis) for axis in axes], [weight_axes.index(axis) for axis in axes]
+
+    product = jax.lax.dot_general(
+        x, weight, (of_both(summed), of_both(batch)), preferred_element_type=jnp.float32
+    )
+    outer = [axis for axis in x_axes + weight_axes if axis not in shared]
+    return jnp.transpose(product, [(batch + outer).index(axis) for axis in result])
 
 
 def _product_by_blocks(x_RD: jax.Array, weight_ED: jax.Array) -> jax.Array:
