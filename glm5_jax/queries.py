@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 BLOCK_BYTES = 32 * 2**20
 _ACCELERATOR_BLOCK_BYTES = 2**30
 # On a CPU, of rows that are gathered to be used at once: what fits the cache of a core or two.
-_GATHERED_BLOCK_BYTES = 4 * 2**20
+_GATHERED_BLOCK_BYTES = 8 * 2**20
 
 _SHORTEST_BLOCK = 512  # of queries, that products with keys are still fast for on a CPU
 # How many lengths of a sequence a program has versions for, on a CPU.
@@ -105,7 +105,8 @@ def in_sight(seen: jax.Array, lengths: Sequence[int]) -> jax.Array:
     """The version to use: the first of the lengths beyond which no query sees; `seen` is ...TS."""
     if len(lengths) == 1:
         return jnp.zeros((), jnp.int32)
-    last = jnp.max(jnp.where(seen, jnp.arange(seen.shape[-1]), 0))
+    seen_S = jnp.any(seen, axis=tuple(range(seen.ndim - 1)))
+    last = jnp.max(jnp.where(seen_S, jnp.arange(seen.shape[-1]), 0))
     return jnp.sum(last >= jnp.array(lengths[:-1], jnp.int32), dtype=jnp.int32)
 
 

@@ -6,6 +6,7 @@ halving, and then where those are that reach it. Axes: R rows, S scores of a row
 side, W words of a row's bits, I bits of a word.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 from glm5_jax.collectives import alike
 from glm5_jax.queries import map_queries
 
-_BLOCK_BYTES = 2**20  # of rows that are passed over again and again: what a core's cache holds
-_LANES = 64  # columns that are counted side by side
+_BLOCK_BYTES = 2 * 2**20  # of rows that are passed over again and again: what caches hold
+_LANES, _MOST_OF_A_BYTE = 256, 127  # columns that are counted side by side, each in a byte
 _WORD = 32
 # Names the loop in traces: how often it runs depends on the scores; about so often.
 HALVING_LOOP, EXPECTED_HALVINGS = "halvings", 23.0
@@ -109,9 +110,15 @@ def _largest(
 
 
 def _count(held_RS: jax.Array) -> jax.Array:
-    """How many of each row; floats in lanes are what XLA's CPU backend adds fastest."""
-    lanes_RL = jnp.sum(held_RS.reshape(len(held_RS), -1, _LANES), axis=1, dtype=jnp.float32)
-    return jnp.sum(lanes_RL, axis=1).astype(jnp.int32)
+    """How many of each row: in bytes side by side, which XLA's CPU backend adds as it compares."""
+    at_once = _LANES * _MOST_OF_A_BYTE
+
+    def count(part_RS: jax.Array) -> jax.Array:
+        bytes_RL = jnp.sum(part_RS.reshape(len(part_RS), -1, _LANES), axis=1, dtype=jnp.int8)
+        return jnp.sum(bytes_RL.astype(jnp.int32), axis=1)
+
+    starts = range(0, held_RS.shape[1], at_once)
+    return functools.reduce(jnp.add, (count(held_RS[:, at : at + at_once]) for at in starts))
 
 
 def _set_bits(chosen_RS: jax.Array, most: int) -> jax.Array:

@@ -73,6 +73,14 @@ def test_any_scores_are_ranked_as_by_sorting(scores):
     np.testing.assert_array_equal(chosen(scores, 17), first_highest(scores, 17))
 
 
+def test_more_are_counted_than_a_byte_holds():
+    """Of 70,000 equal scores every lane has more than 127, and the columns are of three parts."""
+    scores = np.zeros((2, 70_000), np.float32)
+    scores[1] = np.random.default_rng(5).standard_normal(70_000)
+    for most in (300, 69_000):
+        np.testing.assert_array_equal(chosen(scores, most), first_highest(scores, most))
+
+
 def test_what_is_no_number_does_no_harm():
     scores = np.zeros((3, 64), np.float32)
     scores[1, 5] = np.nan
