@@ -42,6 +42,13 @@ MUTANTS = [
         "tests/test_model.py tests/test_indexer.py",
     ),
     Mutant(
+        "RoPE's frequencies rounded otherwise",
+        "glm5_jax/rope.py",
+        "return np.float32(1) / power_P.astype(np.float32)",
+        "return (1 / power_P).astype(np.float32)",
+        "tests/test_rope.py",
+    ),
+    Mutant(
         "indexer without ReLU, few queries",
         "glm5_jax/indexer.py",
         "head_BSM = jax.nn.relu(_exact_dot(keys_BSJ, query_BMJ))",
