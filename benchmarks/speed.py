@@ -104,6 +104,7 @@ def measure(row: Row, setting: Setting, cores: int) -> dict[str, Any]:
         _ROUNDS,
         _LAP_SECONDS,
         cores,
+        huge_pages=work.kind == "gradient",
     )
     plain, exact = setting._replace(compiled=False), work._replace(dtype="float32")
     with contender(peer.make, where, exact, plain, True, cores=cores) as each:

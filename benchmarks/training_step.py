@@ -91,7 +91,11 @@ def measure(
       InputError: the first loss of one is not that of guessing, so that it does something else.
     """
     results = take_turns(
-        {" / ".join(key): maker for key, maker in makers.items()}, rounds, 0.0, with_peaks=True
+        {" / ".join(key): maker for key, maker in makers.items()},
+        rounds,
+        0.0,
+        with_peaks=True,
+        huge_pages=True,
     )
     rows = []
     for (program, learns, remat), result in zip(makers, results.values(), strict=True):

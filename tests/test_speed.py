@@ -1,5 +1,7 @@
 import json
 import os
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +31,18 @@ def platform():
 
 def large(num_bytes):
     return Program(lambda: np.ones(num_bytes, np.uint8)[:1], lambda: np.zeros(1))
+
+
+def page_faults(num_bytes):
+    """How many it takes to fill memory."""
+
+    def count():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        memory = bytearray(num_bytes)
+        memory[::4096] = bytes(len(memory[::4096]))
+        return np.array(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+    return Program(list, count)
 
 
 def broken():
@@ -63,6 +77,19 @@ def test_the_peak_is_that_of_one_run():
         high = each.peak()
     with contender(large, 2**20) as each:
         assert 2**27 < high - each.peak() < 2**29
+
+
+def test_memory_may_come_in_huge_pages(monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    kernel = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not kernel.exists() or "[madvise]" not in kernel.read_text():
+        pytest.skip("the kernel does not leave it to programs")
+    with (
+        contender(page_faults, 2**26) as small,
+        contender(page_faults, 2**26, huge_pages=True) as huge,
+    ):
+        assert huge.output < 2**12 < 2**14 <= small.output
+    assert "GLIBC_TUNABLES" not in os.environ
 
 
 @pytest.mark.parametrize(("make", "why"), [(broken, "no such program"), (dying, "died")])
