@@ -14,7 +14,7 @@ from glm5_jax.attention import Attention, Queries
 from glm5_jax.bits import as_bits
 from glm5_jax.cache import Rows
 from glm5_jax.config import Config
-from glm5_jax.experts import Experts, weighted_experts
+from glm5_jax.experts import ExpertList, Experts, weighted_experts
 from glm5_jax.indexer import Indexer
 from glm5_jax.linear import project_f32
 from glm5_jax.params import initialize
@@ -170,8 +170,10 @@ def experts(config: Config, dtype: str, num_tokens: int, kind: str | None = None
 
     @jax.jit
     def apply(stack: Experts, layer: jax.Array) -> jax.Array:
-        first, chosen_TK = layer * moe.num_experts, jnp.asarray(expert_TK)
-        return weighted_experts(stack, first, x_TD, chosen_TK, gate_TK, moe.num_experts, mean_load)
+        experts = ExpertList(stack, layer * moe.num_experts, taught=None)
+        return weighted_experts(
+            experts, x_TD, jnp.asarray(expert_TK), gate_TK, moe.num_experts, mean_load
+        )[0]
 
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(one_layer)) / moe.num_experts
     read = len(np.unique(expert_TK)) * size

@@ -10,7 +10,7 @@ from glm5_jax.attention import Attention
 from glm5_jax.cache import LayerCache, Rows
 from glm5_jax.collectives import MODEL, share, spread, total
 from glm5_jax.config import Config
-from glm5_jax.experts import Experts
+from glm5_jax.experts import ExpertList
 from glm5_jax.indexer import Indexer
 from glm5_jax.layers import LayerKind
 from glm5_jax.mlp import Mlp
@@ -75,22 +75,21 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        experts: Experts | None,
-        first_expert: jax.Array,
+        experts: ExpertList | None,
         memory: Memory | None,
         selection: Selection,
         setting: Setting,
-    ) -> tuple[jax.Array, Memory, Report]:
+    ) -> tuple[jax.Array, ExpertList | None, Memory, Report]:
         """Applies the layer.
 
         Args:
-          experts: the list that holds the layer's routed experts, from `first_expert` on.
+          experts: the list that holds the layer's routed experts; None for dense layers.
           memory: of the tokens before these; None in a pass without a cache.
           selection: of the layer before; used if this layer asks no indexer.
 
         Returns:
-          BTD; the memory with these tokens in it; and a report, whose selection the next layer may
-          need.
+          BTD; the experts for the next layer; the memory with these tokens in it; and a report,
+          whose selection the next layer may need.
         """
         turn, queries_at, keys_at = setting.turn, setting.query_places, setting.key_places
         normed_BTD = spread(rms_norm(x_BTD, self.attention_norm, self.norm_eps), (MODEL,))
@@ -136,13 +135,14 @@ class Block(nnx.Module):
         if isinstance(self.mlp, Moe):
             assert experts is not None
             expert_axes = setting.rules.axes["experts"]
-            out_BTD, load_E, routing = self.mlp(
-                normed_BTD, experts, first_expert, setting.counted_BT, expert_axes
+            out_BTD, experts, load_E, routing = self.mlp(
+                normed_BTD, experts, setting.counted_BT, expert_axes
             )
         else:
             out_BTD = self.mlp(spread(normed_BTD, (MODEL,)))
         report = Report(load_E, routing, selection, index_nats, recall)
-        return x_BTD + total(out_BTD, (MODEL,)), Memory(rows, index_keys), report
+        x_BTD = x_BTD + total(out_BTD, (MODEL,))
+        return x_BTD, experts, Memory(rows, index_keys), report
 
 
 def _remember(rows: Rows | None, new_BTA: jax.Array, slot_BT: jax.Array | None) -> Rows:

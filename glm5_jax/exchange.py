@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from glm5_jax.collectives import Axes, gathered, num_shards, ragged, shard_index, total_share
-from glm5_jax.experts import Experts, weighted_experts
+from glm5_jax.experts import ExpertList, weighted_experts
 
 
 class Rows(NamedTuple):
@@ -22,24 +22,24 @@ class Rows(NamedTuple):
 
 
 def apply_experts(
-    experts: Experts,
-    first_expert: jax.Array,
+    experts: ExpertList,
     x_BTD: jax.Array,
     expert_BTK: jax.Array,
     gate_BTK: jax.Array,
     *,
     num_experts: int,
     axes: Axes = (),
-) -> jax.Array:
+) -> tuple[jax.Array, ExpertList]:
     """The sum of each token's chosen experts, weighted by their gates.
 
     Args:
-      experts: a list of experts; this device's of this layer begin at `first_expert`.
+      experts: those of this device.
       expert_BTK: the experts chosen, from 0 to `num_experts`.
       axes: of the mesh, that the experts are divided over.
 
     Returns:
-      BTD in the dtype of `x_BTD`, of this device's share of the feed-forward width.
+      BTD in the dtype of `x_BTD`, of this device's share of the feed-forward width; and the list
+      for the next layer.
     """
     num_choices = expert_BTK.shape[-1]
     own = Rows(
@@ -50,16 +50,15 @@ def apply_experts(
     kept = num_experts // num_shards(axes)
     rows = _bring(own, num_experts, axes)
     kept_TK = rows.expert_TK - shard_index(axes) * kept
-    y_TD = weighted_experts(
+    y_TD, experts = weighted_experts(
         experts,
-        first_expert,
         rows.x_TD,
         jnp.where(kept_TK < 0, kept, kept_TK),
         rows.gate_TK,
         num_experts=kept,
         mean_load=rows.expert_TK.size // num_experts,
     )
-    return _take_back(y_TD, own.expert_TK, num_experts, axes).reshape(x_BTD.shape)
+    return _take_back(y_TD, own.expert_TK, num_experts, axes).reshape(x_BTD.shape), experts
 
 
 def _bring(own: Rows, num_experts: int, axes: Axes) -> Rows:

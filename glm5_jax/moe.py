@@ -9,7 +9,7 @@ from flax import nnx
 from glm5_jax.collectives import MODEL, Axes, spread
 from glm5_jax.config import Config, MoeConfig
 from glm5_jax.exchange import apply_experts
-from glm5_jax.experts import Experts
+from glm5_jax.experts import ExpertList
 from glm5_jax.linear import product_f32
 from glm5_jax.mlp import Mlp
 from glm5_jax.params import bias, weight
@@ -76,28 +76,25 @@ class Moe(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        experts: Experts,
-        first_expert: jax.Array,
+        experts: ExpertList,
         counted_BT: jax.Array,
         expert_axes: Axes,
-    ) -> tuple[jax.Array, jax.Array, Routing]:
+    ) -> tuple[jax.Array, ExpertList, jax.Array, Routing]:
         """Applies the chosen experts and the shared one.
 
         Args:
-          experts: this layer's, or those of several layers in a row.
-          first_expert: where this layer's experts begin among them.
           counted_BT: which tokens count for the loads.
           expert_axes: of the mesh, that the experts are divided over.
 
         Returns:
-          BTD, of this device's share of the feed-forward width; the load of each expert: how many
-          counted tokens of this device chose it, E int32; and the experts of each token.
+          BTD, of this device's share of the feed-forward width; the experts for the next layer; the
+          load of each expert: how many counted tokens of this device chose it, E int32; and the
+          experts of each token.
         """
         routing = self.router(x_BTD)
         x_BTD, gate_BTK = spread((x_BTD, routing.gate_BTK), (MODEL,))
-        routed_BTD = apply_experts(
+        routed_BTD, experts = apply_experts(
             experts,
-            first_expert,
             x_BTD,
             routing.expert_BTK,
             gate_BTK,
@@ -106,4 +103,4 @@ class Moe(nnx.Module):
         )
         load_E = jnp.zeros(self.router.weight.shape[0], jnp.int32)
         load_E = load_E.at[routing.expert_BTK].add(counted_BT[..., None].astype(jnp.int32))
-        return routed_BTD + self.shared(x_BTD), load_E, routing
+        return routed_BTD + self.shared(x_BTD), experts, load_E, routing

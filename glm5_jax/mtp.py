@@ -6,7 +6,7 @@ from flax import nnx
 
 from glm5_jax.block import Block, Memory, Report, Setting
 from glm5_jax.config import Config
-from glm5_jax.experts import Experts
+from glm5_jax.experts import ExpertList, Experts
 from glm5_jax.linear import project
 from glm5_jax.norm import rms_norm
 from glm5_jax.params import scale, weight
@@ -53,9 +53,8 @@ class Mtp(nnx.Module):
             rms_norm(hidden_BTD, self.hidden_norm, self.norm_eps),
         )
         joined_BTD = project("BTJ,DJ->BTD", jnp.concatenate(parts, axis=-1), self.join)
-        first_expert = jnp.zeros((), jnp.int32)
         given = Selection() if selection is None else selection
-        out_BTD, memory, report = self.block(
-            joined_BTD, self.experts, first_expert, memory, given, setting
+        out_BTD, _, memory, report = self.block(
+            joined_BTD, ExpertList.of(self.experts), memory, given, setting
         )
         return rms_norm(out_BTD, self.norm, self.norm_eps), memory, report

@@ -9,13 +9,13 @@ from flax import nnx
 
 from glm5_jax.block import Block, Memory, Report, Setting
 from glm5_jax.cache import LayerCache
-from glm5_jax.collectives import num_shards
+from glm5_jax.collectives import MESH_AXES, num_shards, spread
 from glm5_jax.config import Config
-from glm5_jax.experts import Experts
+from glm5_jax.experts import ExpertList, Experts
 from glm5_jax.layers import SegmentPlan
 from glm5_jax.params import stacked
 from glm5_jax.selection import Selection
-from glm5_jax.sharding import whole
+from glm5_jax.sharding import Rules, is_whole, whole
 
 # What to return of a layer, of all that can be seen of it.
 Observe = Callable[[Report], Any]
@@ -29,7 +29,7 @@ class Segment(nnx.Module):
         self.config = config
         self.layers = nnx.List([stacked(Block(kind, config), plan.count) for kind in plan.unit])
         # Beside the layers: a scan hands out a layer's weights by copying them, which is right for
-        # all but the experts, of which decoding reads a few.
+        # all but the experts, which are most of the model and are read one by one.
         self.experts = nnx.List(
             [
                 stacked(Experts(config), plan.count) if kind.mlp == "moe" else None
@@ -54,6 +54,19 @@ def rematerialised(
     if remat == "none":
         return layers
     return jax.checkpoint(layers, prevent_cse=not in_scan, policy=_KEPT[remat])
+
+
+def _can_teach_in_place(segment: Segment, rules: Rules) -> bool:
+    """Whether layers can sum the gradient of their experts right in that of all.
+
+    Not if they are made whole first, or if their gradient is kept in less than it is summed in.
+    """
+    return all(
+        is_whole(experts, Experts(segment.config), rules)
+        and all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(experts))
+        for experts in segment.experts
+        if experts is not None
+    )
 
 
 def run_segment(
@@ -83,35 +96,46 @@ def run_segment(
       and by slot what was observed, stacked over the groups.
     """
     config, rules = segment.config, setting.rules
+    in_place = caches is not None or _can_teach_in_place(segment, rules)
     in_a_row = [None if experts is None else experts.in_a_row() for experts in segment.experts]
     experts_here = config.moe.num_experts // num_shards(rules.axes["experts"])
+    read = jax.lax.stop_gradient(in_a_row)
+
+    def experts_of(slot: int, group: jax.Array, own: Any, taught: Any) -> ExpertList | None:
+        if own is not None:
+            return ExpertList.of(whole(own, Experts(config), rules))
+        stack = read[slot]
+        return None if stack is None else ExpertList(stack, group * experts_here, taught)
 
     def run_group(carry: Any, scanned: Any) -> tuple[Any, tuple[Any, ...]]:
-        x_BTD, selection, caches = carry
-        group, blocks, experts = scanned
-        updated, observed = [], []
+        x_BTD, selection, caches, taught = carry
+        group, blocks, own = scanned
+        updated, passed_on, observed = [], [], []
         for slot, (kind, block) in enumerate(zip(segment.plan.unit, blocks, strict=True)):
             block = whole(block, Block(kind, config), rules, x_BTD.dtype)
             if caches is None:
-                memory, first = None, jnp.zeros((), jnp.int32)
-                own_experts = experts[slot] and whole(experts[slot], Experts(config), rules)
+                memory = None
             else:
                 memory = Memory(*caches[slot].memory(group, cache_dtype, page_BW))
-                own_experts, first = in_a_row[slot], group * experts_here
-            x_BTD, memory, report = block(x_BTD, own_experts, first, memory, selection, setting)
+            experts = experts_of(slot, group, own[slot], taught[slot])
+            x_BTD, experts, memory, report = block(x_BTD, experts, memory, selection, setting)
             selection = report.selection
             updated.append(memory.stacks())
+            passed_on.append(experts.taught if experts and in_place else None)
             observed.append(observe(report))
         carried = (
             x_BTD,
             selection if carry_selection else Selection(),
             None if caches is None else tuple(updated),
+            tuple(passed_on),
         )
         return carried, tuple(observed)
 
     run_group = rematerialised(run_group, remat, in_scan=True)
-    start = (x_BTD, selection if carry_selection else Selection(), caches)
+    nothing = (None,) * len(in_a_row)
+    taught = tuple(spread(in_a_row, MESH_AXES)) if in_place and caches is None else nothing
+    start = (x_BTD, selection if carry_selection else Selection(), caches, taught)
     groups = jnp.arange(segment.plan.count)
-    scanned = (groups, segment.layers, segment.experts if caches is None else None)
-    (x_BTD, last, caches), observed = jax.lax.scan(run_group, start, scanned)
+    scanned = (groups, segment.layers, nothing if in_place else tuple(segment.experts))
+    (x_BTD, last, caches, _), observed = jax.lax.scan(run_group, start, scanned)
     return x_BTD, last if carry_selection else selection, caches, observed

@@ -11,11 +11,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glm5_jax.bits import from_bits
-from glm5_jax.collectives import BATCH, EXPERT, MODEL, Axes, gathered
+from glm5_jax.collectives import BATCH, EXPERT, MODEL, Axes, gathered, num_shards
 from glm5_jax.errors import InputError
 from glm5_jax.mesh import Sizes, choose_mesh, parse_mesh, single_device
 from glm5_jax.params import ParamSpec, is_spec, map_specs
-from glm5_jax.quantized import Quantized, multiplied_out, repeated
+from glm5_jax.quantized import Quantized, is_quantized, multiplied_out, repeated
 
 Tree = TypeVar("Tree")
 
@@ -117,6 +117,19 @@ def whole(
         return shard
 
     return jax.tree.map(gather, blueprint, shards, is_leaf=is_spec)
+
+
+def is_whole(shards: Tree, blueprint: Tree, rules: Rules) -> bool:
+    """Whether `whole` returns the weights as they are."""
+
+    def is_kept_whole(weight: ParamSpec, kept: jax.Array | Quantized) -> bool:
+        divisors = zip(weight.axes, rules.divisors(weight), strict=True)
+        return not is_quantized(kept) and all(
+            name not in rules.stored or num_shards(axes) == 1 for name, axes in divisors
+        )
+
+    kept = jax.tree.map(is_kept_whole, blueprint, shards, is_leaf=is_spec)
+    return all(jax.tree.leaves(kept))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -143,8 +143,8 @@ MUTANTS = [
     Mutant(
         "shared expert scaled with the others",
         "glm5_jax/moe.py",
-        "return routed_BTD + self.shared(x_BTD), load_E",
-        "return routed_BTD + 2.5 * self.shared(x_BTD), load_E",
+        "return routed_BTD + self.shared(x_BTD), experts",
+        "return routed_BTD + 2.5 * self.shared(x_BTD), experts",
         "tests/test_model.py",
     ),
     Mutant(

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from glm5_jax import exchange
 from glm5_jax.collectives import BATCH, DATA, EXPERT, MESH_AXES, gathered, num_shards, shard_index
-from glm5_jax.experts import Experts
+from glm5_jax.experts import ExpertList, Experts
 from glm5_jax.mesh import make_mesh, put
 from glm5_jax.params import initialize
 from glm5_jax.sharding import DECODE, TRAIN, Partition
@@ -63,7 +63,7 @@ def choices(kind):
 def values_and_gradients(experts, x, chosen, gates, weights, axes=()):
     def weighted(experts, x, gates):
         apply = functools.partial(exchange.apply_experts, num_experts=E, axes=axes)
-        y = apply(experts, jnp.zeros((), jnp.int32), x, chosen, gates)
+        y, _ = apply(ExpertList.of(experts), x, chosen, gates)
         return jnp.sum(y * weights), y
 
     gradient = jax.grad(weighted, argnums=(0, 1, 2), has_aux=True)

@@ -1,5 +1,3 @@
-import functools
-
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -8,14 +6,14 @@ import numpy as np
 import pytest
 
 from glm5_jax.collectives import standing_in_for
+from glm5_jax.dispatch import dispatch
 from glm5_jax.exchange import apply_experts as apply
-from glm5_jax.experts import Experts, dispatch
+from glm5_jax.experts import ExpertList, Experts
 from glm5_jax.params import initialize
 from tests.tiny import TINY, tiny_config
 
 CONFIG = tiny_config(TINY)
 E, D = CONFIG.moe.num_experts, CONFIG.dim
-ZERO = jnp.zeros((), jnp.int32)
 
 
 @pytest.fixture(params=["cpu", "tpu"], autouse=True)
@@ -25,7 +23,8 @@ def blocks_of(request):
         yield request.param
 
 
-apply_experts = functools.partial(apply, num_experts=E)
+def apply_experts(experts, x, chosen, gates):
+    return apply(ExpertList.of(experts), x, chosen, gates, num_experts=E)[0]
 
 
 def dense(experts, x, expert_BTK, gate_BTK):
@@ -69,7 +68,7 @@ def test_dispatch_gives_every_choice_one_row_of_its_expert(tokens, choices, expe
 def test_output_equals_that_of_computing_every_expert(num_tokens):
     args = problem(num_tokens)
     experts, x, chosen, gates = args
-    actual = apply_experts(experts, ZERO, x, chosen, gates)
+    actual = apply_experts(experts, x, chosen, gates)
     np.testing.assert_allclose(actual, dense(*args), atol=2e-4)
 
 
@@ -82,7 +81,7 @@ def test_a_block_that_is_not_full_has_versions_of_fewer_rows_on_a_cpu(blocks_of,
         return jnp.zeros(x_MD.shape, jnp.float32)
 
     monkeypatch.setattr("glm5_jax.experts._apply_one", apply_one)
-    jax.make_jaxpr(lambda *arrays: apply_experts(*arrays))(experts, ZERO, x, chosen, gate)
+    jax.make_jaxpr(lambda *arrays: apply_experts(*arrays))(experts, x, chosen, gate)
     assert traced == ([32, 64, 96, 128] if blocks_of == "cpu" else [128])
 
 
@@ -90,7 +89,7 @@ def test_a_block_that_is_not_full_has_versions_of_fewer_rows_on_a_cpu(blocks_of,
 def test_nothing_is_dropped_when_all_tokens_choose_one_expert(only):
     experts, x, chosen, gates = problem(600, choices=1)
     chosen = jnp.full_like(chosen, only)
-    actual = apply_experts(experts, ZERO, x, chosen, gates)
+    actual = apply_experts(experts, x, chosen, gates)
     np.testing.assert_allclose(actual, dense(experts, x, chosen, gates), atol=2e-4)
 
 
@@ -102,9 +101,9 @@ def test_gradients_equal_those_of_computing_every_expert(num_tokens):
     def loss(function):
         return lambda experts, x, gates: jnp.sum(weights * function(experts, x, gates))
 
-    actual = jax.grad(
-        loss(lambda e, x, g: apply_experts(e, ZERO, x, chosen, g)), argnums=(0, 1, 2)
-    )(experts, x, gates)
+    actual = jax.grad(loss(lambda e, x, g: apply_experts(e, x, chosen, g)), argnums=(0, 1, 2))(
+        experts, x, gates
+    )
     expected = jax.grad(loss(lambda e, x, g: dense(e, x, chosen, g)), argnums=(0, 1, 2))(
         experts, x, gates
     )
@@ -115,7 +114,7 @@ def test_gradients_equal_those_of_computing_every_expert(num_tokens):
 def test_experts_that_no_token_chose_get_no_gradient():
     experts, x, chosen, gates = problem(50)
     chosen = chosen % 3
-    gradient = jax.grad(lambda e: jnp.sum(apply_experts(e, ZERO, x, chosen, gates)))(experts)
+    gradient = jax.grad(lambda e: jnp.sum(apply_experts(e, x, chosen, gates)))(experts)
     for leaf in jax.tree.leaves(gradient):
         assert np.all(np.asarray(leaf)[3:] == 0) and np.any(np.asarray(leaf)[:3] != 0)
 
@@ -125,16 +124,40 @@ def test_a_layer_finds_its_experts_among_those_of_several():
     in_a_row = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacks).in_a_row()
     _, x, chosen, gates = problem()
     for layer, experts in enumerate(stacks):
-        np.testing.assert_array_equal(
-            apply_experts(in_a_row, jnp.int32(layer * E), x, chosen, gates),
-            apply_experts(experts, ZERO, x, chosen, gates),
-        )
+        held = ExpertList(in_a_row, jnp.int32(layer * E), taught=None)
+        found, _ = apply(held, x, chosen, gates, num_experts=E)
+        np.testing.assert_array_equal(found, apply_experts(experts, x, chosen, gates))
+
+
+def test_layers_add_to_the_gradient_of_the_list_that_passes_through_them():
+    """It is that of layers that have their own; the layer that is not computed gets none."""
+    layers = [problem(seed=seed)[0] for seed in range(3)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    _, x, chosen, gates = problem()
+
+    def from_list(stack):
+        in_a_row, y = stack.in_a_row(), x
+        held = ExpertList(jax.lax.stop_gradient(in_a_row), jnp.int32(0), in_a_row)
+        for layer in (2, 0):
+            held = held._replace(first=jnp.int32(layer * E))
+            y, held = apply(held, y, chosen, gates, num_experts=E)
+        return jnp.sum(jnp.sin(y))
+
+    def from_own(layers):
+        y = apply_experts(layers[2], x, chosen, gates)
+        return jnp.sum(jnp.sin(apply_experts(layers[0], y, chosen, gates)))
+
+    expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *jax.grad(from_own)(layers))
+    actual = jax.grad(from_list)(stack)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert np.any(b[0] != 0) and np.any(b[2] != 0) and np.all(b[1] == 0)
+        np.testing.assert_array_equal(a, b)
 
 
 def test_bfloat16_is_summed_in_float32():
     experts, x, chosen, gates = problem(600)
     rounded, x16 = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (experts, x))
-    actual = apply_experts(rounded, ZERO, x16, chosen, gates)
+    actual = apply_experts(rounded, x16, chosen, gates)
     assert actual.dtype == jnp.bfloat16
     widened, x32 = jax.tree.map(lambda a: a.astype(jnp.float32), (rounded, x16))
     expected = dense(widened, x32, chosen, gates)

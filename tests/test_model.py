@@ -173,20 +173,34 @@ def test_a_bfloat16_model_decodes_what_it_reads_at_once(tokens):
         np.testing.assert_allclose(decoded[:, 0], expected[:, t], atol=0.15)
 
 
-def test_remat_does_not_change_gradients(model, tokens):
+def gradient_of(model, tokens, remat):
+    """A compiled gradient."""
     places = Places.unpadded(*tokens.shape)
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def gradient(model, remat):
-        def loss(model):
-            hidden = forward(model, tokens, places, remat=remat).hidden_BTD
-            return jnp.mean(jnp.square(logits(model, hidden)))
+    def loss(model):
+        hidden = forward(model, tokens, places, remat=remat).hidden_BTD
+        return jnp.mean(jnp.square(logits(model, hidden)))
 
-        return jax.grad(loss)(model)
+    return jax.jit(jax.grad(loss)).lower(model).compile()
 
-    plain, rematted = gradient(model, "none"), gradient(model, "layers")
+
+def test_remat_does_not_change_gradients(model, tokens):
+    plain, rematted = (gradient_of(model, tokens, remat)(model) for remat in ("none", "layers"))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(rematted), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "layers"])
+def test_gradients_of_experts_are_summed_where_they_are(tokens, remat, monkeypatch):
+    """They are those of layers whose own are summed apart, which needs copies of them."""
+    model = random_model(SHARED)
+    in_place = gradient_of(model, tokens, remat)
+    monkeypatch.setattr("glm5_jax.segment._can_teach_in_place", lambda *_: False)
+    apart = gradient_of(model, tokens, remat)
+    sizes = [way.memory_analysis().temp_size_in_bytes for way in (in_place, apart)]
+    assert sizes[0] < sizes[1]
+    for a, b in zip(*(jax.tree.leaves(way(model)) for way in (in_place, apart)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def index_nats(model, tokens):

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm5_jax.experts import Experts
+from glm5_jax.experts import ExpertList, Experts
 from glm5_jax.moe import Moe, Router
 from glm5_jax.params import initialize
 from tests.reference.numpy_glm5 import Layer
@@ -76,7 +76,7 @@ def test_loads_count_the_choices_of_real_tokens():
     moe, experts = initialize((Moe(config), Experts(config)), jax.random.key(0), std=0.2)
     x = jax.random.normal(jax.random.key(1), (2, 9, config.dim))
     real = jnp.arange(9) < jnp.array([[9], [4]])
-    _, load, _ = moe(x, experts, jnp.zeros((), jnp.int32), real, ())
+    _, _, load, _ = moe(x, ExpertList.of(experts), real, ())
     chosen = np.asarray(moe.router(x).expert_BTK)[np.asarray(real)]
     np.testing.assert_array_equal(load, np.bincount(chosen.reshape(-1), minlength=8))
     assert int(load.sum()) == 13 * config.moe.experts_per_token

@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 from glm5_jax.__main__ import main
 from glm5_jax.collectives import BATCH, MESH_AXES, standing_in_for, total
+from glm5_jax.dispatch import dispatch, expected_blocks
 from glm5_jax.exchange import apply_experts
-from glm5_jax.experts import Experts, dispatch, expected_blocks
+from glm5_jax.experts import ExpertList, Experts
 from glm5_jax.mesh import make_mesh
 from glm5_jax.model import Glm5
 from glm5_jax.params import abstract, leaf_dtype, leaves_by_path
@@ -200,10 +201,9 @@ def test_tokens_are_sent_to_chosen_experts_only_on_tpus():
     def step(experts, x, chosen, gates):
         def loss(experts, x, gates):
             num_experts = config.moe.num_experts
-            apply = apply_experts(
-                experts, jnp.int32(0), x, chosen, gates, num_experts=num_experts, axes=BATCH
-            )
-            return total(jnp.sum(apply.astype(jnp.float32) ** 2), MESH_AXES)
+            held = ExpertList.of(experts)
+            y, _ = apply_experts(held, x, chosen, gates, num_experts=num_experts, axes=BATCH)
+            return total(jnp.sum(y.astype(jnp.float32) ** 2), MESH_AXES)
 
         return jax.grad(loss, argnums=(0, 1, 2))(experts, x, gates)
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from glm5_jax import quantization
 from glm5_jax.collectives import BATCH, MODEL
 from glm5_jax.config import Config
+from glm5_jax.dispatch import expected_blocks
 from glm5_jax.errors import InputError
-from glm5_jax.experts import BLOCK_LOOP, expected_blocks
+from glm5_jax.experts import BLOCK_LOOP
 from glm5_jax.held import HELD_LOOP
 from glm5_jax.indexer import PAGE_LOOP, pages_of_block
 from glm5_jax.inference.engine import PORTIONS
