@@ -67,7 +67,8 @@ def fastest_setting(work: Work, settings: list[Setting], cores: int) -> list[Set
     seconds: dict[Setting, float] = {}
     for setting in settings:
         try:
-            with contender(peer.make, checkpoint(work.preset), work, setting, cores=cores) as each:
+            maker = (peer.make, checkpoint(work.preset), work, setting)
+            with contender(*maker, cores=cores, huge_pages=work.trains) as each:
                 seconds[setting] = min(each.run().seconds for _ in range(2))
         except Failed as failure:
             print(f"    {setting}: {failure!s:.100}", flush=True)
@@ -104,7 +105,7 @@ def measure(row: Row, setting: Setting, cores: int) -> dict[str, Any]:
         _ROUNDS,
         _LAP_SECONDS,
         cores,
-        huge_pages=work.kind == "gradient",
+        huge_pages=work.trains,
     )
     plain, exact = setting._replace(compiled=False), work._replace(dtype="float32")
     with contender(peer.make, where, exact, plain, True, cores=cores) as each:

@@ -44,6 +44,11 @@ class Work(NamedTuple):
         return np.random.default_rng(0).integers(1, vocabulary, (self.batch, length), np.int32)
 
     @property
+    def trains(self) -> bool:
+        """Whether it is a part of training, which allocates much in each step."""
+        return self.kind == "gradient"
+
+    @property
     def num_tokens(self) -> int:
         """How many tokens are read in one run."""
         return self.batch * (1 if self.kind == "decode" else self.length)
