@@ -24,7 +24,7 @@ ORDER = [
     ["config", "published.families", "published.fp8", "slots"],
     ["config_json"],
     ["presets", "params", "linear", "places", "queries"],
-    ["topk"],
+    ["topk", "dispatch"],
     ["mesh"],
     ["sharding"],
     ["norm", "rope", "cache", "selection", "vocabulary", "candidates", "by_head", "held"],
