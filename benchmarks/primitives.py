@@ -170,9 +170,9 @@ def experts(config: Config, dtype: str, num_tokens: int, kind: str | None = None
 
     @jax.jit
     def apply(stack: Experts, layer: jax.Array) -> jax.Array:
-        experts = ExpertList(stack, layer * moe.num_experts, taught=None)
+        held = ExpertList(stack, layer * moe.num_experts, taught=None)
         return weighted_experts(
-            experts, x_TD, jnp.asarray(expert_TK), gate_TK, moe.num_experts, mean_load
+            held, x_TD, jnp.asarray(expert_TK), gate_TK, moe.num_experts, mean_load
         )[0]
 
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(one_layer)) / moe.num_experts

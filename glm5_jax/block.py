@@ -88,8 +88,8 @@ class Block(nnx.Module):
           selection: of the layer before; used if this layer asks no indexer.
 
         Returns:
-          BTD; the experts for the next layer; the memory with these tokens in it; and a report,
-          whose selection the next layer may need.
+          BTD; the experts as `weighted_experts` returns them; the memory with these tokens in it;
+          and a report, whose selection the next layer may need.
         """
         turn, queries_at, keys_at = setting.turn, setting.query_places, setting.key_places
         normed_BTD = spread(rms_norm(x_BTD, self.attention_norm, self.norm_eps), (MODEL,))

@@ -1,4 +1,4 @@
-"""Where each token goes whose experts were chosen: into blocks of rows that share one expert."""
+"""Tokens sorted by their experts and laid out in blocks of rows that share one expert."""
 
 import math
 from typing import NamedTuple

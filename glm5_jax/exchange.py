@@ -38,8 +38,8 @@ def apply_experts(
       axes: of the mesh, that the experts are divided over.
 
     Returns:
-      BTD in the dtype of `x_BTD`, of this device's share of the feed-forward width; and the list
-      for the next layer.
+      BTD in the dtype of `x_BTD`, of this device's share of the feed-forward width; and the list as
+      `weighted_experts` returns it.
     """
     num_choices = expert_BTK.shape[-1]
     own = Rows(

@@ -1,8 +1,7 @@
 """The routed experts: an exact, dropless product of every token with its chosen experts.
 
-Tokens are sorted by expert and laid out in blocks of rows that share one expert. A loop over the
-blocks in use then reads each expert's weights where they are; nothing is dropped and no expert
-that nobody chose is computed.
+A loop over blocks of rows (`dispatch`) reads each expert's weights where they are; nothing is
+dropped and no expert that nobody chose is computed.
 """
 
 import functools
@@ -43,7 +42,7 @@ class Experts(nnx.Module):
 
 
 class ExpertList(NamedTuple):
-    """Experts of one layer or of several in a row, and the way that their gradient takes.
+    """Experts of one layer or of several in a row, and the path of their gradient.
 
     If every layer of a scan returned a gradient of the list that all of them read, it would be of
     all experts each time, to be added up. So `taught` passes through the layers instead: going
@@ -52,12 +51,16 @@ class ExpertList(NamedTuple):
 
     weights: Experts  # what is read; it has no gradient
     first: jax.Array  # where the layer's experts begin
-    taught: Experts | None  # the same weights, of float32 if of several layers; None to have none
+    # The same weights, of float32 if of several layers; None where no gradient is wanted.
+    taught: Experts | None
 
     @classmethod
     def of(cls, experts: Experts) -> "ExpertList":
-        """That of one layer."""
-        return cls(jax.lax.stop_gradient(experts), jnp.zeros((), jnp.int32), experts)
+        """That of one layer; weights that are kept in few bits or as bits have no gradient."""
+        leaves = jax.tree.leaves(experts)
+        has_gradient = all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves)
+        weights, first = jax.lax.stop_gradient(experts), jnp.zeros((), jnp.int32)
+        return cls(weights, first, experts if has_gradient else None)
 
 
 def weighted_experts(
@@ -77,7 +80,7 @@ def weighted_experts(
 
     Returns:
       TD in the dtype of `x_TD`, summed in float32, differentiable in experts, x and gates; and the
-      list for the next layer that reads it.
+      same list, whose `taught` is for the next layer that reads it.
     """
     plan = dispatch(expert_TK, num_experts, mean_load)
     y_TD, taught = _weighted_experts(*alike(*experts, x_TD, gate_TK, plan))
@@ -182,8 +185,9 @@ def _save(
     gate_TK: jax.Array,
     plan: Dispatch,
 ) -> tuple[tuple[jax.Array, Experts | None], _Saved]:
-    result = _weighted_experts(experts, first, taught, x_TD, gate_TK, plan)
-    return result, (experts, first, x_TD, gate_TK, plan)
+    # Without `taught`, which a layer that is recomputed would otherwise need, and have kept for it.
+    y_TD, _ = _weighted_experts(experts, first, None, x_TD, gate_TK, plan)
+    return (y_TD, taught), (experts, first, x_TD, gate_TK, plan)
 
 
 def _backward(
@@ -191,7 +195,8 @@ def _backward(
 ) -> tuple[None, None, Experts | None, jax.Array, jax.Array, None]:
     """The same loop over blocks, each block's hidden state computed again.
 
-    The gradients of the experts are added to those of the layers behind, in place, in float32.
+    The gradients of the experts are added to those of the layers after this one, in place, in
+    float32.
     """
     experts, first, x_TD, gate_TK, plan = saved
     dy_TD, d_taught = given

@@ -70,7 +70,7 @@ def forward(
       tokens_BT: ids; those of padding count for nothing.
       places: where the tokens stand. With a cache, the tokens of a row are of one sequence.
       cache: of earlier tokens; the new ones are stored in the cache that is returned. Those beyond
-        its capacity are not stored, and then not seen.
+        its capacity are not stored, and then not seen. Routed experts have no gradient with it.
       rules: where weights are kept on a mesh.
       remat: what the gradient computes again instead of keeping it: "none"; "layers", all but the
         input of each group of layers; "products", all but that and products with weights.

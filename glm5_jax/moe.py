@@ -87,9 +87,9 @@ class Moe(nnx.Module):
           expert_axes: of the mesh, that the experts are divided over.
 
         Returns:
-          BTD, of this device's share of the feed-forward width; the experts for the next layer; the
-          load of each expert: how many counted tokens of this device chose it, E int32; and the
-          experts of each token.
+          BTD, of this device's share of the feed-forward width; the experts as `weighted_experts`
+          returns them; the load of each expert: how many counted tokens of this device chose it,
+          E int32; and the experts of each token.
         """
         routing = self.router(x_BTD)
         x_BTD, gate_BTK = spread((x_BTD, routing.gate_BTK), (MODEL,))

@@ -86,7 +86,8 @@ def run_segment(
 
     Args:
       selection: of the layer before the segment.
-      caches: the segment's part of the cache, by slot; None in a pass without one.
+      caches: the segment's part of the cache, by slot; None in a pass without one. With it the
+        routed experts have no gradient.
       page_BW: the pages of each row in it, as `KVCache` has them.
       carry_selection: whether a layer of another group needs a selection made in this one. It is
         large, and a scan keeps what it carries for the gradient.
@@ -96,9 +97,11 @@ def run_segment(
       and by slot what was observed, stacked over the groups.
     """
     config, rules = segment.config, setting.rules
-    in_place = caches is not None or _can_teach_in_place(segment, rules)
+    # Others are handed out by the scan, so that one layer's at a time are whole.
+    reads_list = caches is not None or _can_teach_in_place(segment, rules)
     in_a_row = [None if experts is None else experts.in_a_row() for experts in segment.experts]
     experts_here = config.moe.num_experts // num_shards(rules.axes["experts"])
+    # Else the scan's transpose would add up zeros of the whole list.
     read = jax.lax.stop_gradient(in_a_row)
 
     def experts_of(slot: int, group: jax.Array, own: Any, taught: Any) -> ExpertList | None:
@@ -121,7 +124,7 @@ def run_segment(
             x_BTD, experts, memory, report = block(x_BTD, experts, memory, selection, setting)
             selection = report.selection
             updated.append(memory.stacks())
-            passed_on.append(experts.taught if experts and in_place else None)
+            passed_on.append(experts.taught if experts is not None and reads_list else None)
             observed.append(observe(report))
         carried = (
             x_BTD,
@@ -133,9 +136,10 @@ def run_segment(
 
     run_group = rematerialised(run_group, remat, in_scan=True)
     nothing = (None,) * len(in_a_row)
-    taught = tuple(spread(in_a_row, MESH_AXES)) if in_place and caches is None else nothing
+    # What layers hand on differs along all axes, whichever divide the weights.
+    taught = tuple(spread(in_a_row, MESH_AXES)) if reads_list and caches is None else nothing
     start = (x_BTD, selection if carry_selection else Selection(), caches, taught)
     groups = jnp.arange(segment.plan.count)
-    scanned = (groups, segment.layers, nothing if in_place else tuple(segment.experts))
+    scanned = (groups, segment.layers, nothing if reads_list else tuple(segment.experts))
     (x_BTD, last, caches, _), observed = jax.lax.scan(run_group, start, scanned)
     return x_BTD, last if carry_selection else selection, caches, observed

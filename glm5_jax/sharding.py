@@ -120,7 +120,7 @@ def whole(
 
 
 def is_whole(shards: Tree, blueprint: Tree, rules: Rules) -> bool:
-    """Whether `whole` returns the weights as they are."""
+    """Whether `whole` returns the weights as they are, but for bits."""
 
     def is_kept_whole(weight: ParamSpec, kept: jax.Array | Quantized) -> bool:
         divisors = zip(weight.axes, rules.divisors(weight), strict=True)

@@ -42,6 +42,13 @@ MUTANTS = [
         "tests/test_model.py tests/test_indexer.py",
     ),
     Mutant(
+        "gradient of experts without that of the layers after",
+        "glm5_jax/experts.py",
+        "so_far = jax.tree.map(lambda d: d.astype(jnp.float32), d_taught)",
+        "so_far = jax.tree.map(lambda d: jnp.zeros_like(d, jnp.float32), d_taught)",
+        "tests/test_experts.py",
+    ),
+    Mutant(
         "RoPE's frequencies rounded otherwise",
         "glm5_jax/rope.py",
         "return np.float32(1) / power_P.astype(np.float32)",

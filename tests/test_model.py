@@ -190,10 +190,10 @@ def test_remat_does_not_change_gradients(model, tokens):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["none", "layers"])
-def test_gradients_of_experts_are_summed_where_they_are(tokens, remat, monkeypatch):
+@pytest.mark.parametrize(("raw", "remat"), [(SHARED, "none"), (GROUPED, "layers")])
+def test_gradients_of_experts_are_summed_where_they_are(tokens, raw, remat, monkeypatch):
     """They are those of layers whose own are summed apart, which needs copies of them."""
-    model = random_model(SHARED)
+    model = random_model(raw)
     in_place = gradient_of(model, tokens, remat)
     monkeypatch.setattr("glm5_jax.segment._can_teach_in_place", lambda *_: False)
     apart = gradient_of(model, tokens, remat)

@@ -30,6 +30,7 @@ def turns(monkeypatch):
     loss = [math.log(training_step.config().vocab_size)]
 
     def take_turns(makers, rounds, lap_seconds, *, with_peaks, huge_pages):
+        assert huge_pages
         return {
             name: Result([Lap(time, 2 * time)] * rounds, 0.0, np.array(loss), 1e9 * with_peaks)
             for name in makers
