@@ -72,12 +72,19 @@ def split(queries: Result, length: int) -> Result:
 
     def parts(x: jax.Array) -> jax.Array:
         batch, num_queries = x.shape[:2]
-        num_blocks = max(1, -(-num_queries // length))
+        num_blocks = _num_blocks(num_queries, length)
         equal = -(-num_queries // num_blocks)  # equal blocks have the least padding
         x = padded_to(x, num_blocks * equal, 1)
         return jnp.moveaxis(x.reshape(batch, num_blocks, equal, *x.shape[2:]), 1, 0)
 
     return jax.tree.map(parts, queries)
+
+
+def _num_blocks(num_queries: int, length: int) -> int:
+    """The fewest, or up to a third more if these need no padding."""
+    fewest = max(1, -(-num_queries // length))
+    evenly = (few for few in range(fewest, fewest * 4 // 3 + 1) if num_queries % few == 0)
+    return next(evenly, fewest)
 
 
 def joined(blocks: Result, num_queries: int) -> Result:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from importlib.util import find_spec
 
 import jax
 import numpy as np
@@ -15,10 +16,11 @@ from benchmarks.passes import Counter, Pass, flops, formed_per_token, parts, req
 from glm5_jax.errors import InputError
 from glm5_jax.experts import BLOCK_LOOP
 from glm5_jax.info import describe
+from glm5_jax.mesh import make_mesh
 from glm5_jax.plan.chips import CHIPS
 from glm5_jax.plan.costs import count
 from glm5_jax.presets import load_preset
-from glm5_jax.sharding import on_one_device
+from glm5_jax.sharding import DECODE, Partition, on_one_device
 from tests.tiny import SHARED, TINY, tiny_config
 
 # A tiny layer's projections, by the sizes in TINY.
@@ -165,6 +167,13 @@ def test_a_request_is_the_sum_of_its_passes(counter, monkeypatch):
     assert found.reading == pytest.approx(sum(portions) - formed * (32 + 64))
     assert found.whole == found.reading + found.generating
     assert request(counter, "selecting", 128, 4, 32).generating < found.generating
+
+
+@pytest.mark.skipif(not find_spec("libtpu"), reason="needs libtpu")
+def test_the_full_model_can_be_taken_apart_by_what_it_selects():
+    mesh = make_mesh(ONE, claims._devices()[:1])
+    counter = Counter(load_preset("glm-5").config, Partition(mesh, DECODE), "tpu")
+    assert 0.9 < parts(counter, Pass(512, 131_072)).cut < 1
 
 
 def test_claims_that_do_not_hold_are_said_not_to(counter, monkeypatch):
