@@ -83,7 +83,7 @@ def weighted_experts(
       same list, whose `taught` is for the next layer that reads it.
     """
     plan = dispatch(expert_TK, num_experts, mean_load)
-    y_TD, taught = _weighted_experts(*alike(*experts, x_TD, gate_TK, plan))
+    y_TD, taught = _weighted_experts(*alike(experts, x_TD, gate_TK, plan))
     return y_TD, experts._replace(taught=taught)
 
 
@@ -149,23 +149,18 @@ def _block(plan: Dispatch, number: jax.Array, first: jax.Array) -> _Block:
 
 @jax.custom_vjp
 def _weighted_experts(
-    experts: Experts,
-    first: jax.Array,
-    taught: Experts | None,
-    x_TD: jax.Array,
-    gate_TK: jax.Array,
-    plan: Dispatch,
+    experts: ExpertList, x_TD: jax.Array, gate_TK: jax.Array, plan: Dispatch
 ) -> tuple[jax.Array, Experts | None]:
     def add_block(number: jax.Array, y_TD: jax.Array) -> jax.Array:
-        block = _block(plan, number, first)
-        expert = _one_expert(experts, block.expert, x_TD.dtype)
+        block = _block(plan, number, experts.first)
+        expert = _one_expert(experts.weights, block.expert, x_TD.dtype)
         by_row = (block.rows_of(x_TD), block.gates_of(gate_TK))
         apply = functools.partial(_apply_one, expert)
         y_MD = block.of_used(len(x_TD), apply, by_row, keeps_rows=True)
         return y_TD.at[block.token_M].add(y_MD, mode="drop")
 
     nothing_TD = jnp.zeros_like(x_TD, jnp.float32)
-    return _loop(plan, add_block, nothing_TD).astype(x_TD.dtype), taught
+    return _loop(plan, add_block, nothing_TD).astype(x_TD.dtype), experts.taught
 
 
 def _loop(plan: Dispatch, add_block: Callable[[jax.Array, Any], Any], start: Any) -> Any:
@@ -174,31 +169,27 @@ def _loop(plan: Dispatch, add_block: Callable[[jax.Array, Any], Any], start: Any
         return jax.lax.fori_loop(0, plan.num_used, add_block, start)
 
 
-_Saved = tuple[Experts, jax.Array, jax.Array, jax.Array, Dispatch]
+_Saved = tuple[ExpertList, jax.Array, jax.Array, Dispatch]
 
 
 def _save(
-    experts: Experts,
-    first: jax.Array,
-    taught: Experts | None,
-    x_TD: jax.Array,
-    gate_TK: jax.Array,
-    plan: Dispatch,
+    experts: ExpertList, x_TD: jax.Array, gate_TK: jax.Array, plan: Dispatch
 ) -> tuple[tuple[jax.Array, Experts | None], _Saved]:
     # Without `taught`, which a layer that is recomputed would otherwise need, and have kept for it.
-    y_TD, _ = _weighted_experts(experts, first, None, x_TD, gate_TK, plan)
-    return (y_TD, taught), (experts, first, x_TD, gate_TK, plan)
+    read = experts._replace(taught=None)
+    y_TD, _ = _weighted_experts(read, x_TD, gate_TK, plan)
+    return (y_TD, experts.taught), (read, x_TD, gate_TK, plan)
 
 
 def _backward(
     saved: _Saved, given: tuple[jax.Array, Experts | None]
-) -> tuple[None, None, Experts | None, jax.Array, jax.Array, None]:
+) -> tuple[ExpertList, jax.Array, jax.Array, None]:
     """The same loop over blocks, each block's hidden state computed again.
 
     The gradients of the experts are added to those of the layers after this one, in place, in
     float32.
     """
-    experts, first, x_TD, gate_TK, plan = saved
+    experts, x_TD, gate_TK, plan = saved
     dy_TD, d_taught = given
     dy_TD = dy_TD.astype(jnp.float32)
 
@@ -206,8 +197,8 @@ def _backward(
 
     def add_block(number: jax.Array, carry: Carry) -> Carry:
         d_taught, dx_TD, dgate_TK = carry
-        block = _block(plan, number, first)
-        expert = _one_expert(experts, block.expert, x_TD.dtype)
+        block = _block(plan, number, experts.first)
+        expert = _one_expert(experts.weights, block.expert, x_TD.dtype)
 
         def pull_back(x_MD: jax.Array, gate_M: jax.Array, dy_MD: jax.Array) -> Any:
             return jax.vjp(_apply_one, expert, x_MD, gate_M)[1](dy_MD)
@@ -231,10 +222,10 @@ def _backward(
     so_far = jax.tree.map(lambda d: d.astype(jnp.float32), d_taught)
     nothing = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (x_TD, gate_TK))
     summed, dx_TD, dgate_TK = _loop(plan, add_block, (so_far, *nothing))
+    taught = jax.tree.map(lambda total, d: total.astype(d.dtype), summed, d_taught)
+    none: Any = None
     return (
-        None,
-        None,
-        jax.tree.map(lambda total, d: total.astype(d.dtype), summed, d_taught),
+        ExpertList(none, none, taught),
         dx_TD.astype(x_TD.dtype),
         dgate_TK.astype(gate_TK.dtype),
         None,
