@@ -76,10 +76,15 @@ def write_results(
 
 
 def _processor() -> str:
+    """Its name; of x86, family and model too, as clouds name theirs alike for generations."""
+    told: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+        name, _, value = line.partition(":")
+        told.setdefault(name.strip(), value.strip())
+    name = told.get("model name", platform.machine())
+    if "cpu family" not in told:
+        return name
+    return f"{name}, family {told['cpu family']}, model {told['model']}"
 
 
 def commit() -> str:

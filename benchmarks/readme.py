@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(
-    r"(<!-- (benchmarks/results/[\w.]+\.md)( without details)? -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (benchmarks/results/[\w./]+\.md)( without details)? -->\n).*?(<!-- end -->)", re.DOTALL
 )
 
 
