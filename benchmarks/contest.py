@@ -33,7 +33,7 @@ class Program(NamedTuple):
 # Makes a program, in the process that is to run it.
 Maker = Callable[..., Program]
 
-# Programs of which a run takes this many seconds are run so often only.
+# Programs of which a run takes this many seconds are run so often only, every run counted.
 _LONG_SECONDS, _FEW_ROUNDS = 20.0, 3
 # What a gradient allocates comes faster so: a sixth of its time, of transformers' 3 to 6%.
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -197,6 +197,9 @@ def take_turns(
 ) -> dict[str, Result]:
     """Runs programs in turns, A B A B.
 
+    Each begins its turn with a run that is not counted: while another runs, caches go cold and a
+    virtual machine gives freed memory back to its host, which programs that run on do not meet.
+
     Args:
       makers: by name, a `Maker` and its arguments.
       rounds: laps of each, fewer if one takes long.
@@ -212,10 +215,11 @@ def take_turns(
         laps: dict[str, list[Lap]] = {name: [] for name in ready}
         seconds = {name: each.run().seconds for name, each in ready.items()}  # warms up, too
         times = {name: max(1, round(lap_seconds / seconds[name])) for name in ready}
-        if max(seconds.values()) > _LONG_SECONDS:
-            rounds = min(rounds, _FEW_ROUNDS)
-        for _ in range(rounds):
+        takes_long = max(seconds.values()) > _LONG_SECONDS
+        for _ in range(min(rounds, _FEW_ROUNDS) if takes_long else rounds):
             for name, each in ready.items():
+                if not takes_long:
+                    each.run()
                 laps[name].append(each.run(times[name]))
         return {
             name: Result(

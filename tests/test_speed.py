@@ -1,6 +1,7 @@
 import json
 import os
 import resource
+import time
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,17 @@ def page_faults(num_bytes):
     return Program(list, count)
 
 
+def forgetful():
+    """Takes long after it had to wait."""
+    ended = [time.monotonic()]
+
+    def run():
+        time.sleep(0.2 if time.monotonic() - ended[0] > 0.05 else 0.001)
+        ended[0] = time.monotonic()
+
+    return Program(run, lambda: np.zeros(1))
+
+
 def broken():
     raise ValueError("no such program")
 
@@ -59,6 +71,12 @@ def test_programs_take_turns_in_processes_of_their_own():
     np.testing.assert_array_equal(found["few"].output, [0, 1, 4])
     for each in found.values():
         assert len(each.laps) == 4 and 0 < each.seconds < 0.1 and each.spread >= 1
+
+
+def test_the_first_run_of_a_turn_is_not_counted():
+    found = take_turns({"one": (forgetful,), "other": (forgetful,)}, rounds=3, lap_seconds=0.2)
+    for each in found.values():
+        assert all(lap.seconds < 0.1 for lap in each.laps)
 
 
 def test_a_program_may_be_given_fewer_cores():
