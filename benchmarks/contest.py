@@ -197,8 +197,9 @@ def take_turns(
 ) -> dict[str, Result]:
     """Runs programs in turns, A B A B.
 
-    Each begins its turn with a run that is not counted: while another runs, caches go cold and a
-    virtual machine gives freed memory back to its host, which programs that run on do not meet.
+    Each begins its turn with a run that is not counted, unless some take long: while another runs,
+    caches go cold and a virtual machine gives freed memory back to its host, which programs that
+    run on do not meet.
 
     Args:
       makers: by name, a `Maker` and its arguments.
@@ -216,7 +217,9 @@ def take_turns(
         seconds = {name: each.run().seconds for name, each in ready.items()}  # warms up, too
         times = {name: max(1, round(lap_seconds / seconds[name])) for name in ready}
         takes_long = max(seconds.values()) > _LONG_SECONDS
-        for _ in range(min(rounds, _FEW_ROUNDS) if takes_long else rounds):
+        if takes_long:
+            rounds = min(rounds, _FEW_ROUNDS)
+        for _ in range(rounds):
             for name, each in ready.items():
                 if not takes_long:
                     each.run()

@@ -52,7 +52,7 @@ def forgetful():
     ended = [time.monotonic()]
 
     def run():
-        time.sleep(0.2 if time.monotonic() - ended[0] > 0.05 else 0.001)
+        time.sleep(0.5 if time.monotonic() - ended[0] > 0.4 else 0.001)
         ended[0] = time.monotonic()
 
     return Program(run, lambda: np.zeros(1))
