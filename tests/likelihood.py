@@ -29,6 +29,10 @@ RAW = TINY | {
 }
 END, START = "<|end|>", "<|start|>"
 TEXT = "Selection takes eight of these tokens: café, 北京, 👋🏽.\nNo line is like another."
+CHAT_TEMPLATE = (
+    START + "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 def write_tokenizer(directory, special=()):
@@ -71,3 +75,16 @@ def predictions(tokens):
     padded = jnp.array([tokens + [0] * (128 - len(tokens))])
     places = Places.padded(jnp.arange(128)[None] < len(tokens))
     return np.asarray(read(model(), padded, places)[: len(tokens)])
+
+
+def by_hand(tokenizer, context, continuation, most=256):
+    """The sum of log-probabilities, and whether all tokens are the likeliest, token by token."""
+    special = tokenizer.encode("")  # before a text, or nothing
+    stripped = context.rstrip(" ")
+    whole = tokenizer.encode(context + continuation, special=False)
+    count = len(whole) - len(tokenizer.encode(stripped, special=False))
+    tokens = [*(special or ([] if stripped else [1])), *whole][-(most + 1) :]
+    # One token more than the model reads at most, for the last is not read.
+    rows = predictions(tokens[:-1])[-count:]
+    given = [row[token] for row, token in zip(rows, tokens[-count:], strict=True)]
+    return float(np.sum(given)), bool((rows.argmax(-1) == tokens[-count:]).all())

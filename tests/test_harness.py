@@ -1,35 +1,38 @@
 """Answers to lm-eval's requests, by hand and against lm-eval's own model for transformers."""
 
-import functools
 import importlib
-import json
-import sys
 
 import numpy as np
 import pytest
 
-from glm5_jax.__main__ import main
 from glm5_jax.errors import InputError
 from glm5_jax.inference.generate import Generator
 from glm5_jax.inference.request import Sampling
-from glm5_jax.inference.tokenizer import Tokenizer
 from tests.likelihood import (
+    CHAT_TEMPLATE,
     END,
     RAW,
     START,
     TEXT,
+    by_hand,
     model,
     partition,
     predictions,
     write_tokenizer,
 )
-from tests.tiny import build_model, random_weights, write_published
+from tests.tiny import build_model, random_weights
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+
+
 harness = importlib.import_module("glm5_jax.inference.harness")
-tasks = importlib.import_module("glm5_jax.inference.tasks")
+
+
 Glm5Lm = harness.Glm5Lm
+
+
 Instance = lm_eval.api.instance.Instance
+
 
 PAIRS = [
     ("The capital of France is", " Paris"),
@@ -38,11 +41,6 @@ PAIRS = [
     (" ", "A space only"),
     (TEXT, " Yes."),
     ("A", " b"),
-]
-QUESTIONS = [
-    {"question": "One of these", "choices": [" tokens", " es", " okes"], "answer": 1},
-    {"question": "Take the", "choices": [" test", " toke", " x"], "answer": 0},
-    {"question": "Is it", "choices": [" okay", " es", " no"], "answer": 2},
 ]
 
 
@@ -58,19 +56,6 @@ def plain(tmp_path_factory):
 
 def requests(kind, arguments):
     return [Instance(kind, {}, each, index) for index, each in enumerate(arguments)]
-
-
-def by_hand(tokenizer, context, continuation, most=256):
-    """The sum of log-probabilities, and whether all tokens are the likeliest, token by token."""
-    special = tokenizer.encode("")  # before a text, or nothing
-    stripped = context.rstrip(" ")
-    whole = tokenizer.encode(context + continuation, special=False)
-    count = len(whole) - len(tokenizer.encode(stripped, special=False))
-    tokens = [*(special or ([] if stripped else [1])), *whole][-(most + 1) :]
-    # One token more than the model reads at most, for the last is not read.
-    rows = predictions(tokens[:-1])[-count:]
-    given = [row[token] for row, token in zip(rows, tokens[-count:], strict=True)]
-    return float(np.sum(given)), bool((rows.argmax(-1) == tokens[-count:]).all())
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
@@ -135,17 +120,11 @@ def test_rolling_windows_begin_with_the_token_before(plain):
     assert actual == pytest.approx(expected, abs=1e-3)
 
 
-TEMPLATE = (
-    START + "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-
-
 @pytest.fixture
 def chatting(tokenizer, tmp_path):
     """The same tokenizers, with a chat template that begins with the special token."""
     special = (START, "$A") if tokenizer.encode("") else ()
-    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    (tmp_path / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return write_tokenizer(tmp_path, special)
 
 
@@ -254,110 +233,3 @@ def test_answers_are_those_of_lm_evals_model_for_transformers(tmp_path):
         atol=1e-3,
     )
     assert ours.generate_until(prompts) == theirs.generate_until(prompts, disable_tqdm=True)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    path = write_published(tmp_path_factory.mktemp("model"), RAW, random_weights(RAW))
-    write_tokenizer(path)
-    return path
-
-
-@pytest.fixture
-def task(tmp_path, monkeypatch):
-    """A task of multiple choice in a YAML file, its questions beside it."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    questions = tmp_path / "questions.jsonl"
-    questions.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
-    path = tmp_path / "task.yaml"
-    path.write_text(
-        "task: tiny_choices\n"
-        "dataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {questions}}}}}\n"
-        "test_split: test\n"
-        "output_type: multiple_choice\n"
-        'doc_to_text: "{{question}}"\n'
-        'doc_to_choice: "{{choices}}"\n'
-        "doc_to_target: answer\n"
-        'target_delimiter: ""\n'
-        "metric_list: [{metric: acc}]\n"
-    )
-    return path
-
-
-def accuracy(tokenizer, questions, frame="{}"):
-    hits = []
-    for each in questions:
-        prompt = frame.format(each["question"])
-        logprobs = [by_hand(tokenizer, prompt, choice)[0] for choice in each["choices"]]
-        hits.append(int(np.argmax(logprobs)) == each["answer"])
-    return sum(hits) / len(hits)
-
-
-def run(capsys, *arguments):
-    status = main(["eval", *map(str, arguments)])
-    return status, capsys.readouterr()
-
-
-def test_the_command_runs_tasks(directory, task, tmp_path, capsys):
-    out = tmp_path / "results.json"
-    options = ("--tasks", task, "--limit", 2, "--out", out, "--json")
-    status, output = run(capsys, "--model", directory, *options)
-    assert status == 0
-    expected = accuracy(Tokenizer(directory), QUESTIONS[:2])
-    [printed] = output.out.splitlines()
-    assert json.loads(printed)["tiny_choices"]["acc,none"] == pytest.approx(expected)
-    written = json.loads(out.read_text())
-    assert written["results"] == json.loads(printed)
-    assert written["n-samples"]["tiny_choices"] == {"original": 3, "effective": 2}
-
-
-def test_lm_eval_makes_the_model_by_its_name(directory, task, capsys):
-    arguments = f"pretrained={directory},max_length=64"
-    lm = lm_eval.api.registry.get_model("glm5").create_from_arg_string(
-        arguments, {"batch_size": 2, "device": None}
-    )
-    results = lm_eval.simple_evaluate(
-        lm, tasks=[str(task)], task_manager=lm_eval.tasks.TaskManager(include_defaults=False)
-    )
-    expected = accuracy(Tokenizer(directory), QUESTIONS)
-    assert results["results"]["tiny_choices"]["acc,none"] == pytest.approx(expected)
-
-
-def test_tasks_can_be_conversations(directory, task, tmp_path):
-    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
-    tokenizer = write_tokenizer(tmp_path)
-    manager = lm_eval.tasks.TaskManager(include_defaults=False)
-    lm = Glm5Lm(model(), tokenizer)
-    results = tasks.run_tasks(lm, [str(task)], manager, apply_chat_template=True)
-    expected = accuracy(tokenizer, QUESTIONS, START + "[user]{}[assistant]")
-    assert results["results"]["tiny_choices"]["acc,none"] == pytest.approx(expected)
-    assert f"|tiny_choices|Yaml   |none  |     0|acc   |↑  |{expected:.4f}|" in tasks.tables(
-        results
-    )
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        (["--tasks", "arc_easy", "--apply-chat-template"], "has no chat_template.jinja"),
-        (["--tasks", "arc_easy,arc_hazy"], "'arc_hazy' is none, expected a YAML file or what"),
-        (["--tasks", "arc_easy", "--stride", "3"], "--stride is for texts only"),
-        (["--tasks", "arc_easy", "--mtp", "1"], "--mtp is for texts only"),
-        (["--tasks", "arc_easy", "--out", "."], "exists already"),
-    ],
-)
-def test_tasks_that_cannot_be_run_are_one_line(directory, capsys, options, named):
-    status, output = run(capsys, "--model", directory, *options)
-    assert status == 2 and output.out == ""
-    assert output.err.count("\n") == 1 and named in output.err
-
-
-def test_tasks_need_lm_eval(directory, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.setattr("importlib.util.find_spec", functools.partial(lambda name: None))
-    status, output = run(capsys, "--model", directory, "--tasks", "arc_easy")
-    assert status == 2
-    assert output.err == (
-        "glm5: error: tasks need the package lm-eval: pip install 'glm5-jax[eval]'\n"
-    )

@@ -1,42 +1,13 @@
-"""Counting what one device of a mesh does."""
+"""Counting the products and the memory traffic of one device."""
 
-import collections
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from glm5_jax.plan.costs import count
 from glm5_jax.plan.tally import Collective, Costs
-
-P = jax.P
-SIZES = {"data": 2, "model": 4}
-WHOLE = P()
-F32 = 4  # bytes
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return jax.make_mesh(
-        (2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2
-    )
-
-
-def spec(mesh, shape, axes=WHOLE, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, axes))
-
-
-def costs_of(function, *args, loop_trips=None, platform="cpu"):
-    jaxpr = jax.jit(function).trace(*args).jaxpr
-    return count(jaxpr, SIZES, loop_trips=loop_trips or {}, platform=platform)
-
-
-def sharded(mesh, function, in_specs, out_specs):
-    return jax.shard_map(
-        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )
+from tests.costs.counting import BOTH, F32, ONE, P, costs_of, sharded, spec
 
 
 def test_a_scanned_product_counts_as_often_as_it_runs(mesh):
@@ -79,92 +50,6 @@ def test_batched_ragged_and_convolved_products_count_each_multiply_and_add():
     image, kernel = jnp.ones((1, 3, 8, 8)), jnp.ones((6, 3, 3, 3))
     convolved = costs_of(lambda x, w: jax.lax.conv(x, w, (1, 1), "SAME"), image, kernel)
     assert convolved.flops == {"float32": 2 * (6 * 8 * 8) * (3 * 3 * 3)}
-
-
-ONE, BOTH = ("model",), ("data", "model")
-HELD = 64 * 8 * F32  # bytes of a device's operand
-
-
-@pytest.mark.parametrize(("axes", "n"), [(ONE, 4), (BOTH, 8), (("data",), 2)])
-@pytest.mark.parametrize(
-    ("kind", "function", "sent"),
-    [
-        ("all-gather", functools.partial(jax.lax.all_gather, tiled=True), lambda n: n - 1),
-        ("all-reduce", jax.lax.psum, lambda n: 2 * (n - 1) / n),
-        ("all-reduce", jax.lax.pmax, lambda n: 2 * (n - 1) / n),
-        ("all-reduce", jax.lax.pmin, lambda n: 2 * (n - 1) / n),
-        (
-            "reduce-scatter",
-            functools.partial(jax.lax.psum_scatter, tiled=True),
-            lambda n: (n - 1) / n,
-        ),
-        (
-            "all-to-all",
-            functools.partial(jax.lax.all_to_all, split_axis=0, concat_axis=0, tiled=True),
-            lambda n: (n - 1) / n,
-        ),
-    ],
-)
-def test_a_device_sends_what_a_ring_sends(mesh, kind, function, sent, axes, n):
-    once = sharded(mesh, lambda x: function(x, axes).sum(), (P(),), P())
-    costs = costs_of(once, spec(mesh, (64, 8)))
-    assert costs.by_axes == {(kind, axes): Collective(1, HELD * sent(n))}
-    assert costs.collectives == {kind: Collective(1, HELD * sent(n))}
-
-
-def test_a_permutation_sends_all_and_a_ragged_exchange_at_most_its_share(mesh):
-    around = [(0, 1), (1, 2), (2, 3), (3, 0)]
-
-    def both(x):
-        x = jax.lax.ppermute(x, "model", around)
-        index = jnp.arange(4, dtype=jnp.int32)
-        one = jnp.ones(4, jnp.int32)
-        exchange = jax.lax.ragged_all_to_all
-        return exchange(x, jnp.zeros_like(x), index, one, index, one, axis_name="model").sum()
-
-    costs = costs_of(sharded(mesh, both, (P(),), P()), spec(mesh, (64, 8)))
-    assert costs.collectives == {
-        "collective-permute": Collective(1, HELD),
-        "ragged-all-to-all": Collective(1, HELD * 3 / 4),
-    }
-
-
-def test_kinds_add_up_over_their_axes_and_over_loops(mesh):
-    def reduce(x):
-        def step(x, _):
-            return jax.lax.psum(jax.lax.psum(x, "data"), "model"), None
-
-        return jax.lax.scan(step, x, None, length=5)[0]
-
-    costs = costs_of(sharded(mesh, reduce, (P(),), P()), spec(mesh, (64, 8)))
-    assert costs.by_axes == {
-        ("all-reduce", ("data",)): Collective(5, 5 * HELD),
-        ("all-reduce", ("model",)): Collective(5, 5 * HELD * 1.5),
-    }
-    assert costs.collectives == {"all-reduce": Collective(10, 12.5 * HELD)}
-
-
-def test_an_axis_of_one_device_exchanges_nothing(mesh):
-    function = sharded(mesh, lambda x: jax.lax.psum(x, "model"), (P(),), P())
-    jaxpr = jax.jit(function).trace(spec(mesh, (64, 8))).jaxpr
-    alone = count(jaxpr, {"data": 2, "model": 1}, loop_trips={}, platform="cpu")
-    assert alone.by_axes == {}
-    with pytest.raises(ValueError, match="'model' has no size"):
-        count(jaxpr, {"data": 2}, loop_trips={}, platform="cpu")
-
-
-def test_checked_collectives_count_like_unchecked_ones(mesh):
-    """With types that say over which axes a value varies, primitives have other names."""
-
-    def everything(x):
-        x = jax.lax.all_gather(x, "model", tiled=True)
-        x = jax.lax.psum_scatter(x, "model", tiled=True)
-        return jax.lax.psum(x.sum(), BOTH)
-
-    x = spec(mesh, (64, 8), P(BOTH))
-    unchecked = sharded(mesh, everything, P(BOTH), P())
-    checked = jax.shard_map(everything, mesh=mesh, in_specs=P(BOTH), out_specs=P())
-    assert costs_of(checked, x) == costs_of(unchecked, x)
 
 
 def test_a_gradient_through_remat_counts_the_recomputation(mesh):
@@ -299,22 +184,6 @@ def test_outside_of_a_shard_map_each_device_has_its_part(mesh):
     assert 5 * part <= costs.hbm_bytes <= 5 * part + 8 * F32
 
 
-def test_the_exchanges_that_shardings_imply_are_counted(mesh):
-    def function(x, w):
-        norm = jnp.sum(x * x)
-        rows = jax.NamedSharding(mesh, P("data"))
-        return norm, jnp.matmul(x, w, out_sharding=rows), jax.reshard(x, rows)
-
-    x, w = spec(mesh, (16, 32), P("data", "model")), spec(mesh, (32, 4), P("model"))
-    costs = costs_of(function, x, w)
-    assert costs.flops == {"float32": 2 * 8 * 8 * 4}
-    assert costs.by_axes == {
-        ("all-reduce", BOTH): Collective(1, 2 * F32 * 7 / 8),
-        ("all-reduce", ONE): Collective(1, 2 * 8 * 4 * F32 * 3 / 4),
-        ("all-gather", ONE): Collective(1, 8 * 8 * F32 * 3),
-    }
-
-
 def test_costs_add_up_and_repeat():
     one = Costs({"bfloat16": 2}, 3, {("all-reduce", ONE): Collective(1, 8)})
     other = Costs({"float32": 1}, 1, {("all-reduce", BOTH): Collective(2, 4)})
@@ -322,24 +191,3 @@ def test_costs_add_up_and_repeat():
     assert both.flops == {"bfloat16": 2, "float32": 2}
     assert both.hbm_bytes == 5
     assert both.collectives == {"all-reduce": Collective(5, 16)}
-
-
-def test_a_compiled_program_holds_the_collectives_counted(mesh):
-    """Layers unrolled by hand, each with other widths: XLA then neither loops nor combines."""
-
-    def function(x):
-        for layer in range(3):
-            x = jnp.tanh(jax.lax.all_gather(x, "model", tiled=True))
-            x = jnp.sin(jax.lax.psum_scatter(x, "model", tiled=True))
-            if layer < 2:
-                x = jnp.cos(jax.lax.all_to_all(x, "data", 0, 1, tiled=True))
-        x = jnp.exp(jax.lax.ppermute(x, "data", [(0, 1), (1, 0)]))
-        return jax.lax.pmax(jax.lax.psum(x, BOTH) ** 2, "model")
-
-    mapped = jax.jit(sharded(mesh, function, P(BOTH), P()))
-    x = spec(mesh, (64, 8), P(BOTH))
-    text = mapped.lower(x).compile().as_text()
-    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
-    compiled = collections.Counter(re.findall(rf" ({kinds})(?:-start)?\(", text))
-    counted = {kind: part.count for kind, part in costs_of(mapped, x).collectives.items()}
-    assert counted == compiled

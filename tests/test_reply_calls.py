@@ -1,73 +1,15 @@
-import dataclasses
-import itertools
 import json
 
-import jinja2.sandbox
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 
 from glm5_jax.errors import InputError
 from glm5_jax.inference.reply import (
-    TAGS,
-    CallArguments,
     CallStart,
     Content,
-    Reasoning,
     ReplyParser,
     starts_thinking,
 )
-
-
-def tool(name, **properties):
-    parameters = {"type": "object", "properties": properties}
-    return {"type": "function", "function": {"name": name, "parameters": parameters}}
-
-
-TOOLS = [
-    tool("weather", city={"type": "string"}, days={"type": "integer"}),
-    tool("weather_map", area={"type": "array"}),
-    {"type": "function", "function": {"name": "now"}},
-]
-
-
-@dataclasses.dataclass
-class Reply:
-    reasoning: str = ""
-    content: str = ""
-    calls: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-
-    def take(self, piece):
-        match piece:
-            case Reasoning(text):
-                assert text and not self.content and not self.calls
-                self.reasoning += text
-            case Content(text):
-                assert text
-                self.content += text
-            case CallStart(index, _, name):
-                assert index == len(self.calls)
-                self.calls.append((name, ""))
-            case CallArguments(index, text):
-                name, before = self.calls[index]
-                self.calls[index] = (name, before + text)
-
-
-def parsed(parts, thinking=False, tools=TOOLS):
-    """The whole of an answer that comes in parts."""
-    parser, reply = ReplyParser(thinking, tools), Reply()
-    for part in parts:
-        for piece in parser.push(part):
-            reply.take(piece)
-    for piece in parser.finish():
-        reply.take(piece)
-    return reply
-
-
-def call(name, **arguments):
-    pairs = [f"<arg_key>{k}</arg_key><arg_value>{v}</arg_value>" for k, v in arguments.items()]
-    return f"<tool_call>{name}{''.join(pairs)}</tool_call>"
-
+from tests.replies import GLM_4_5, TOOLS, Reply, call, parsed, tool
 
 PARIS = ("weather", '{"city": "Paris", "days": 2}')
 
@@ -102,19 +44,6 @@ def test_reasoning_ends_at_its_tag(answer, expected):
 )
 def test_an_answer_without_reasoning_is_content(answer, expected):
     assert parsed([answer]) == expected
-
-
-GLM_4_5 = """
-Let me look.
-<tool_call>weather
-<arg_key>city</arg_key>
-<arg_value>Paris</arg_value>
-<arg_key>days</arg_key>
-<arg_value>2</arg_value>
-</tool_call>
-<tool_call>now
-</tool_call>
-"""
 
 
 @pytest.mark.parametrize(
@@ -234,95 +163,6 @@ def test_a_value_may_contain_tags():
     reply = parsed([call("weather", city=code) + call("now")])
     assert [name for name, _ in reply.calls] == ["weather", "now"]
     assert json.loads(reply.calls[0][1]) == {"city": code}
-
-
-WORDS = [*sorted(TAGS), "weather", "now", "city", "days", "2", "a", "<", ">", " ", "\n", "é"]
-WORDS += [" " * 40]  # two of them are more than is held back before a call
-ANSWERS = st.lists(
-    st.sampled_from([*WORDS, call("weather", city="Rome"), call("now")]), max_size=25
-).map("".join)
-
-
-@given(ANSWERS, st.booleans(), st.data())
-@example("why</think>" + GLM_4_5, True, None)
-def test_cuts_do_not_change_what_an_answer_says(answer, thinking, data):
-    expected = parsed([answer], thinking)
-    assert parsed(answer, thinking) == expected
-    if data:
-        cuts = sorted(data.draw(st.sets(st.integers(0, len(answer)))))
-        parts = [answer[a:b] for a, b in itertools.pairwise([0, *cuts, len(answer)])]
-        assert parsed(parts, thinking) == expected
-
-
-@given(ANSWERS, st.booleans())
-def test_nothing_but_tags_and_whitespace_is_lost(answer, thinking):
-    reply = parsed([answer], thinking)
-    given_out = reply.reasoning + reply.content + "".join(itertools.chain(*reply.calls))
-    for word in ("é", "weather", "Rome"):
-        assert given_out.count(word) == answer.count(word)
-
-
-def test_text_that_cannot_be_a_call_is_given_out_at_once():
-    parser = ReplyParser(True, TOOLS)
-    shown = [
-        parser.push(part) for part in ("a<", "/th", "ink>", "\n", "b", " <tool_call>", "n", "ew")
-    ]
-    assert shown == [
-        [Reasoning("a")],
-        [],
-        [],
-        [],
-        [Content("b")],
-        [],
-        [],
-        [Content(" <tool_call>"), Content("new")],
-    ]
-    assert parser.finish() == []
-
-
-# As GLM-5.2's own renders an assistant's turn.
-TEMPLATE = """
-{%- for m in messages -%}
-<|assistant|><think>{{ m.reasoning_content }}</think>{{ m.content.strip() }}
-{%- for call in m.tool_calls -%}
-<tool_call>{{ call.function.name }}
-{%- for k, v in call.function.arguments.items() -%}
-<arg_key>{{ k }}</arg_key><arg_value>{{ v if v is string else v | tojson }}</arg_value>
-{%- endfor -%}
-</tool_call>
-{%- endfor -%}
-{%- endfor -%}
-"""
-TEXT = st.text(st.characters(codec="utf-8") | st.sampled_from("<>/\n {}\"'é"), max_size=20).filter(
-    lambda text: not any(tag in text for tag in TAGS)
-)
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
-    lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner | TEXT),
-    max_leaves=5,
-)
-CALLS = st.one_of(
-    st.tuples(st.just("weather"), st.fixed_dictionaries({"city": TEXT, "days": st.integers()})),
-    st.tuples(st.just("weather_map"), st.fixed_dictionaries({"area": st.lists(JSON)})),
-    st.tuples(st.just("now"), st.dictionaries(TEXT, JSON, max_size=3)),
-)
-
-
-@given(TEXT, TEXT, st.lists(CALLS, max_size=3))
-def test_an_answer_that_a_template_renders_is_parsed_back(reasoning, content, calls):
-    message = {
-        "reasoning_content": reasoning,
-        "content": content,
-        "tool_calls": [{"function": {"name": n, "arguments": a}} for n, a in calls],
-    }
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment()
-    environment.filters["tojson"] = json.dumps
-    rendered = environment.from_string(TEMPLATE).render(messages=[message])
-    turn = "<|assistant|><think>"
-    assert rendered.startswith(turn) and starts_thinking(turn)
-    reply = parsed(rendered.removeprefix(turn), thinking=True)
-    assert (reply.reasoning, reply.content) == (reasoning, content.strip())
-    assert [(name, json.loads(arguments)) for name, arguments in reply.calls] == calls
 
 
 @pytest.mark.parametrize(

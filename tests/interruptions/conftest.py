@@ -1,0 +1,26 @@
+"""A run that nothing interrupts."""
+
+import json
+
+import pytest
+
+from tests.interruptions.runs import RAW, STAGES, command
+from tests.text import prepare_data
+from train.__main__ import main
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work")
+    prepare_data(folder)
+    (folder / "config.json").write_text(json.dumps(RAW))
+    (folder / "stages.toml").write_text(STAGES)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(workplace):
+    """The run without an interruption."""
+    run = workplace / "whole"
+    assert main(command(workplace, run)) == 0
+    return run

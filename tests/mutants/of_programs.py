@@ -1,0 +1,118 @@
+"""Bugs of configs, weights in few bits, generation and training."""
+
+from tests.mutants.mutant import Mutant
+
+MUTANTS = [
+    Mutant(
+        "offset of the sharing pattern counted from one",
+        "glm5_jax/config_json.py",
+        "max(i - offset + 1, 0) % period",
+        "max(i - offset, 0) % period",
+        "tests/test_config.py",
+    ),
+    Mutant(
+        "float8 divided by its scales",
+        "glm5_jax/published/fp8.py",
+        "astype(np.float32) * scale",
+        "astype(np.float32) / scale",
+        "tests/test_fp8.py",
+    ),
+    Mutant(
+        "blocks of few bits that lie across each other's scales",
+        "glm5_jax/quantized.py",
+        "for size in (count, 1)]",
+        "for size in (1, count)]",
+        "tests/test_quantized.py",
+    ),
+    Mutant(
+        "four bits without a sign",
+        "glm5_jax/quantized.py",
+        "return (values ^ 8) - 8",
+        "return values",
+        "tests/test_quantized.py",
+    ),
+    Mutant(
+        "float8 heads that take the scale of the block before",
+        "glm5_jax/quantization.py",
+        "first = np.arange(count) * (shape[axis] // count)",
+        "first = np.maximum(np.arange(count) * (shape[axis] // count) - 1, 0)",
+        "tests/test_quantized.py",
+    ),
+    Mutant(
+        "partial float8 blocks left out",
+        "glm5_jax/published/fp8.py",
+        "tuple(-(-size // BLOCK) for size in shape)",
+        "tuple(size // BLOCK for size in shape)",
+        "tests/test_fp8.py",
+    ),
+    Mutant(
+        "router bias moved by the wrong sign",
+        "train/optimizer.py",
+        "params[path] + rate * jnp.sign(missing)",
+        "params[path] - rate * jnp.sign(missing)",
+        "tests/test_train.py",
+    ),
+    Mutant(
+        "MTP losses shifted by one token too few",
+        "train/loss.py",
+        "            distance,\n            z_weight=",
+        "            max(1, distance - 1),\n            z_weight=",
+        "tests/test_stages_parity.py",
+    ),
+    Mutant(
+        "microbatches that are means of their own tokens",
+        "train/step.py",
+        "                followed_D,\n",
+        "                followed_D / microbatches,\n",
+        "tests/test_accumulation.py",
+    ),
+    Mutant(
+        "Muon that takes keys and values of a head for one matrix",
+        "train/optimizer.py",
+        "sizes=(config.mla.nope_dim, config.mla.value_dim)",
+        "sizes=()",
+        "tests/test_optimizer.py",
+    ),
+    Mutant(
+        "every draft accepted",
+        "glm5_jax/inference/steps.py",
+        "is_alive_B & (token_B == expected_B)",
+        "is_alive_B",
+        "tests/engine/test_drafts.py -k distribution",
+    ),
+    Mutant(
+        "drafts drawn from the model's noise for another token",
+        "glm5_jax/inference/steps.py",
+        "turn.count_B + ahead",
+        "turn.count_B",
+        "tests/engine/test_drafts.py -k fast",
+    ),
+    Mutant(
+        "top-p keeps one token too many",
+        "glm5_jax/inference/sampling.py",
+        "reached_B >= target_B",
+        "reached_B > target_B",
+        "tests/test_sampling.py",
+    ),
+    Mutant(
+        "pages found by what they hold and not by what came before",
+        "glm5_jax/inference/pages.py",
+        "hashlib.blake2b(before + filled, digest_size=16)",
+        "hashlib.blake2b(filled, digest_size=16)",
+        "tests/test_pages.py",
+    ),
+    Mutant(
+        "a harmful step moves the weights",
+        "train/step.py",
+        "lambda after, before: jnp.where(is_taken, after, before),",
+        "lambda after, before: after,",
+        "tests/test_watch.py",
+    ),
+    Mutant(
+        "a run that goes on reads its first rows again",
+        "train/loop.py",
+        "part.pipeline.read(stage.first_row(first))",
+        "part.pipeline.read(stage.first_row(stage.first))",
+        "tests/interruptions/test_stops.py",
+    ),
+]

@@ -1,0 +1,78 @@
+"""Conversions that are begun, ended and looked at."""
+
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+
+from convert import quantize, to_native, to_published
+from convert.__main__ import main
+
+# What is made, and what does one of the shards that a record is kept of.
+STEPS = {
+    "from-hf": (to_native._Conversion, "_convert"),
+    "to-hf": (to_published._Conversion, "_write"),
+    "quantize": (quantize._Quantization, "_round"),
+}
+DIRECTIONS = list(STEPS)
+PUBLISHED = ["--shard-size", "200KB"]
+
+
+def command(direction, source, native, destination, *options):
+    if direction == "from-hf":
+        return ["from-hf", str(source), str(destination), *options]
+    if direction == "to-hf":
+        return ["to-hf", str(native), str(destination), *PUBLISHED, *options]
+    return ["quantize", str(native), str(destination), "--to", "int4", *options]
+
+
+def contents(directory):
+    """Every file's bytes but Orbax's, which have a time in them."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file() and path.name not in ("_CHECKPOINT_METADATA", "commit_success.txt")
+    }
+
+
+def workspace(destination):
+    return destination.with_name(f".{destination.name}.converting")
+
+
+def convert(arguments, started=None, log=os.devnull, limit=None):
+    """The command in a process of its own, which says what it says into a file.
+
+    Args:
+      limit: of bytes in a file; the system refuses to write more.
+    """
+    with Path(log).open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if limit is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if started is not None:
+        started.set()
+    sys.exit(main(arguments))
+
+
+def fail_after(monkeypatch, direction, count):
+    """Has a full disk after so many shards."""
+    conversion, step = STEPS[direction]
+    original = getattr(conversion, step)
+    calls = []
+
+    def limited(*args):
+        calls.append(1)
+        if len(calls) > count:
+            raise OSError(28, "No space left on device")
+        return original(*args)
+
+    monkeypatch.setattr(conversion, step, limited)
+
+
+def begin(direction, source, native, destination, monkeypatch, *options):
+    with monkeypatch.context() as patched:
+        fail_after(patched, direction, 2)
+        assert main(command(direction, source, native, destination, *options)) == 2
