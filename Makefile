@@ -11,6 +11,8 @@ comma := ,
 # What is installed, extras joined by hyphens; the planner's benchmarks need libtpu, too.
 DEV := .venv/.dev-$(subst $(comma),-,$(EXTRAS))
 DEV_AND_TPU := .venv/.dev-dev-parity-tpu
+# Files in the order that tests/conftest.py puts them in, each by one worker.
+IN_PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 INSTALL := $(BIN)/python -m pip install --quiet --editable
 
 .PHONY: help demo test test-quick mutants bench bench-full lint format clean
@@ -46,10 +48,10 @@ lint: $(DEV)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile --durations 25
+	$(BIN)/python -m pytest $(IN_PARALLEL) --durations 25
 
 test-quick: $(DEV)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m 'not slow'
 
 mutants: $(DEV)
 	$(BIN)/python -m tests.mutants

@@ -40,6 +40,12 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts files with slow tests first: workers take files, and the last is worked on alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     marked = request.node.get_closest_marker("standard_promotion")
