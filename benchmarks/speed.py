@@ -50,7 +50,7 @@ def _rows(kind: Any, dtype: str, batch: int, goals: dict[int, float], quick: int
 ROWS = [
     *_rows("prefill", "float32", 1, {512: 1.1, 2048: 3, 4096: 5, 8192: 8}, 2048),
     *_rows("prefill", "bfloat16", 1, {512: 2, 8192: 10}, 512),
-    *_rows("decode", "float32", 1, {512: 5, 4096: 10, 16384: 60, 65536: 150}, 16384),
+    *_rows("decode", "float32", 1, {512: 5, 4096: 10, 16384: 60, 65536: 150}, 4096),
     *_rows("decode", "float32", 8, {4096: 35, 16384: 110}, 4096),
     *_rows("decode", "bfloat16", 1, {16384: 20}, 0),
     *_rows("decode", "bfloat16", 8, {16384: 30}, 0),
