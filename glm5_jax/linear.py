@@ -56,17 +56,29 @@ def _accumulated(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
 def _product_of_matrices(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array | None:
     """The einsum as one product of matrices, if what is summed over comes last in both operands.
 
-    Of a weight with more axes, XLA's CPU backend (0.10) would make a transposed copy.
+    Or first in both, as for the gradient of a weight. Of operands with more axes, XLA's CPU backend
+    (0.10) would make a transposed copy, and compute there, for one element at a time, what they are
+    made of.
     """
     operands, result = subscripts.split("->")
     x_axes, weight_axes = operands.split(",")
-    outer = x_axes.rstrip(weight_axes)
-    summed = x_axes[len(outer) :]
-    if not summed or result + summed != outer + weight_axes:
+    count = (len(x_axes) + len(weight_axes) - len(result)) // 2
+    if count == 0:
         return None
-    num_summed = math.prod(x.shape[len(outer) :])
-    product = _product_by_blocks(x.reshape(-1, num_summed), weight.reshape(-1, num_summed))
-    return product.reshape(*x.shape[: len(outer)], *weight.shape[: -len(summed)])
+    if (x_axes[-count:], result) == (weight_axes[-count:], x_axes[:-count] + weight_axes[:-count]):
+        outer, num_summed = x.shape[:-count], math.prod(x.shape[-count:])
+        product = _product_by_blocks(x.reshape(-1, num_summed), weight.reshape(-1, num_summed))
+        return product.reshape(*outer, *weight.shape[:-count])
+    if (x_axes[:count], result) == (weight_axes[:count], x_axes[count:] + weight_axes[count:]):
+        num_summed = math.prod(x.shape[:count])
+        product = jax.lax.dot_general(
+            x.reshape(num_summed, -1),
+            weight.reshape(num_summed, -1),
+            (((0,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        return product.reshape(*x.shape[count:], *weight.shape[count:])
+    return None
 
 
 def _products_in_order(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
