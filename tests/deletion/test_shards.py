@@ -12,7 +12,7 @@ from convert import to_native
 from convert.__main__ import main
 from convert.workspace import Workspace
 from tests.deletion.runs import DELETE, RAW, params, shards
-from tests.resuming.runs import begin, contents, convert, workspace
+from tests.resuming.runs import begin, contents, convert_in_three, workspace
 from tests.tiny import random_weights
 
 
@@ -38,17 +38,8 @@ def test_what_was_begun_goes_on_with_and_without_deleting(source, whole, tmp_pat
 
 
 def test_three_processes_that_delete_make_what_one_makes(source, whole, processes, tmp_path):
-    running = []
-    for number in range(3):
-        arguments = ["from-hf", str(source), str(tmp_path / "x"), DELETE]
-        arguments += ["--process", f"{number}/3"]
-        log = tmp_path.with_name(f"log-{number}")
-        running.append(processes.Process(target=convert, args=(arguments, None, log)))
-    for process in running:
-        process.start()
-    for process in running:
-        process.join()
-        assert process.exitcode == 0
+    arguments = ["from-hf", str(source), str(tmp_path / "x"), DELETE]
+    convert_in_three(processes, arguments, tmp_path.with_name("log"))
     assert params(tmp_path / "x") == params(whole)
     assert not shards(source)
 

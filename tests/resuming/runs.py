@@ -57,6 +57,21 @@ def convert(arguments, started=None, log=os.devnull, limit=None):
     sys.exit(main(arguments))
 
 
+def convert_in_three(processes, arguments, log):
+    """Three processes at once, each with its share; what each said."""
+    logs = [log.with_name(f"{log.name}-{number}") for number in range(3)]
+    running = []
+    for number, own in enumerate(logs):
+        share = [*arguments, "--process", f"{number}/3"]
+        running.append(processes.Process(target=convert, args=(share, None, own)))
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+        assert process.exitcode == 0
+    return [own.read_text() for own in logs]
+
+
 def fail_after(monkeypatch, direction, count):
     """Has a full disk after so many shards."""
     conversion, step = STEPS[direction]

@@ -9,7 +9,7 @@ import pytest
 from convert import journal
 from convert import workspace as workspaces
 from convert.__main__ import main
-from tests.resuming.runs import DIRECTIONS, STEPS, command, contents, convert, workspace
+from tests.resuming.runs import DIRECTIONS, STEPS, command, contents, convert_in_three, workspace
 from tests.together import run_together
 
 
@@ -40,18 +40,9 @@ def test_two_runs_into_one_destination_are_refused(
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_three_processes_make_what_one_makes(source, native, whole, direction, processes, tmp_path):
-    running = []
-    for number in range(3):
-        arguments = command(direction, source, native, tmp_path / "x", "--process", f"{number}/3")
-        log = tmp_path.with_name(f"log-{number}")
-        running.append(processes.Process(target=convert, args=(arguments, None, log)))
-    for process in running:
-        process.start()
-    for process in running:
-        process.join()
-        assert process.exitcode == 0
+    arguments = command(direction, source, native, tmp_path / "x")
+    said = convert_in_three(processes, arguments, tmp_path.with_name("log"))
     assert contents(tmp_path / "x") == contents(whole[direction])
-    said = [tmp_path.with_name(f"log-{number}").read_text() for number in range(3)]
     assert sum("tensors, " in text for text in said) == 1
     assert sum("has done its share" in text for text in said) == 2
     assert not any("done already" in text for text in said)
