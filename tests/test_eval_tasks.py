@@ -21,14 +21,8 @@ from tests.likelihood import (
 from tests.tiny import random_weights, write_published
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
-
-
 harness = importlib.import_module("glm5_jax.inference.harness")
-
-
 tasks = importlib.import_module("glm5_jax.inference.tasks")
-
-
 Glm5Lm = harness.Glm5Lm
 
 

@@ -23,14 +23,8 @@ from tests.likelihood import (
 from tests.tiny import build_model, random_weights
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
-
-
 harness = importlib.import_module("glm5_jax.inference.harness")
-
-
 Glm5Lm = harness.Glm5Lm
-
-
 Instance = lm_eval.api.instance.Instance
 
 

@@ -45,7 +45,8 @@ def test_a_product_and_its_gradients_are_those_of_the_einsum(subscripts, dtype):
     wide = [operand.astype(np.float64) for operand in (x, weight)]
     np.testing.assert_allclose(found, np.einsum(subscripts, *wide), atol=2e-5)
     given = np.random.default_rng(1).standard_normal(found.shape).astype(dtype)
-    (x_axes, weight_axes), result = subscripts.split("->")[0].split(","), subscripts[-found.ndim :]
+    inputs, result = subscripts.split("->")
+    x_axes, weight_axes = inputs.split(",")
     given64, rounding = given.astype(np.float64), float(jnp.finfo(dtype).eps)
     for_x, for_weight = pull(jnp.asarray(given, found.dtype))
     for gradient, expected in (

@@ -1,7 +1,6 @@
 import pytest
 
-from tests.mutants import MUTANTS
-from tests.mutants.__main__ import ROOT
+from tests.mutants import MUTANTS, ROOT
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

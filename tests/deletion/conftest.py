@@ -1,6 +1,5 @@
 """A checkpoint whose shards are to be deleted, and what it is converted to."""
 
-import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 from convert.__main__ import main
 from glm5_jax.published.safetensors import FIRST_READ
 from tests.deletion.runs import RAW, shards
+from tests.resuming.runs import forked
 from tests.tiny import float8_weights, random_weights, write_published
 
 
@@ -41,6 +41,4 @@ def source(original, tmp_path):
 
 @pytest.fixture(scope="session")
 def processes():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.resuming.runs"])
-    return context
+    return forked()

@@ -12,8 +12,8 @@ import pytest
 
 from convert.__main__ import main
 from tests.damage import cut, flip_bit, one_line
-from tests.deletion.runs import DELETE, params, shards
-from tests.resuming.runs import begin, convert, workspace
+from tests.deletion.runs import DELETE, shards
+from tests.resuming.runs import begin, convert, params, workspace
 
 SEEDS = 10
 

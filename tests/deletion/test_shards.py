@@ -11,8 +11,8 @@ import pytest
 from convert import to_native
 from convert.__main__ import main
 from convert.workspace import Workspace
-from tests.deletion.runs import DELETE, RAW, params, shards
-from tests.resuming.runs import begin, contents, convert_in_three, workspace
+from tests.deletion.runs import DELETE, RAW, shards
+from tests.resuming.runs import begin, contents, convert_in_three, params, workspace
 from tests.tiny import random_weights
 
 

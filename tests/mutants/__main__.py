@@ -8,10 +8,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.mutants import MUTANTS
+from tests.mutants import MUTANTS, ROOT
 from tests.mutants.mutant import Mutant
 
-ROOT = Path(__file__).parent.parent.parent
 COPIED = ("glm5_jax", "train", "convert", "tests", "benchmarks", "pyproject.toml")
 _CRASHES = ("AttributeError", "NameError", "SyntaxError", "TypeError")
 

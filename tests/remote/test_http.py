@@ -10,7 +10,7 @@ import pytest
 
 from convert.__main__ import main
 from glm5_jax import remote
-from tests.remote.unruly import params
+from tests.resuming.runs import params
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):

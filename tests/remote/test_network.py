@@ -9,7 +9,8 @@ import pytest
 from convert.__main__ import main
 from glm5_jax import remote
 from glm5_jax.published import storage
-from tests.remote.unruly import SMALL, Unruly, is_shard, params, upload
+from tests.remote.unruly import SMALL, Unruly, is_shard, upload
+from tests.resuming.runs import params
 from tests.tiny import TINY, float8_weights, random_weights, write_published
 
 

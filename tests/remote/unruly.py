@@ -2,8 +2,6 @@
 
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tests.resuming.runs import contents
-
 SMALL = {"README.md": "# A model", "LICENSE": "MIT", "tokenizer.json": "{}"}
 
 
@@ -35,12 +33,6 @@ def upload(source, only=""):
     for path in source.iterdir():
         if path.name.startswith(only):
             Unruly().pipe_file(f"/bucket/model/{path.name}", path.read_bytes())
-
-
-def params(directory):
-    """The weights and their config, and the small files beside them."""
-    said = ("conversion.json", "CONVERSION.md")  # of what it was made
-    return {name: data for name, data in contents(directory).items() if name not in said}
 
 
 def is_shard(path):

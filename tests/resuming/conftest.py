@@ -1,11 +1,9 @@
 """What conversions are made of, and what they come to when nothing ends them."""
 
-import multiprocessing
-
 import pytest
 
 from convert.__main__ import main
-from tests.resuming.runs import PUBLISHED
+from tests.resuming.runs import PUBLISHED, forked
 from tests.tiny import TINY, float8_weights, random_weights, write_published
 
 
@@ -34,7 +32,4 @@ def whole(native):
 
 @pytest.fixture(scope="session")
 def processes():
-    """Makes processes that have imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.resuming.runs"])
-    return context
+    return forked()

@@ -1,5 +1,6 @@
 """Conversions that are begun, ended and looked at."""
 
+import multiprocessing
 import os
 import resource
 import signal
@@ -36,8 +37,21 @@ def contents(directory):
     }
 
 
+def params(directory):
+    """All but the record, which names what was read."""
+    said = ("conversion.json", "CONVERSION.md")
+    return {name: data for name, data in contents(directory).items() if name not in said}
+
+
 def workspace(destination):
     return destination.with_name(f".{destination.name}.converting")
+
+
+def forked():
+    """Makes processes that have imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def convert(arguments, started=None, log=os.devnull, limit=None):
