@@ -42,7 +42,7 @@ class Setting(NamedTuple):
     key_places: Places
     slot_BT: jax.Array | None  # where new rows go in the cache; None without a cache
     turn: Rotation
-    counted_BT: jax.Array  # True for queries that count in reports
+    counted_BT: jax.Array  # True for tokens that have experts and count in reports
     teach_indexers: bool  # whether to report how far they are from the attention paid
     rules: Rules  # where weights are kept
     selects: bool = True  # whether indexers are asked, or all layers attend to what is given

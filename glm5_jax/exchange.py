@@ -34,7 +34,7 @@ def apply_experts(
 
     Args:
       experts: those of this device.
-      expert_BTK: the experts chosen, from 0 to `num_experts`.
+      expert_BTK: the experts chosen; `num_experts` is none.
       axes: of the mesh, that the experts are divided over.
 
     Returns:

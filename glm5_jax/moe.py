@@ -83,7 +83,7 @@ class Moe(nnx.Module):
         """Applies the chosen experts and the shared one.
 
         Args:
-          counted_BT: which tokens count for the loads.
+          counted_BT: which tokens are to have experts; others, as those of padding, read none.
           expert_axes: of the mesh, that the experts are divided over.
 
         Returns:
@@ -91,16 +91,12 @@ class Moe(nnx.Module):
           returns them; the load of each expert: how many counted tokens of this device chose it,
           E int32; and the experts of each token.
         """
+        num_experts = self.router.config.num_experts
         routing = self.router(x_BTD)
+        expert_BTK = jnp.where(counted_BT[..., None], routing.expert_BTK, num_experts)
+        load_E = jnp.zeros(num_experts, jnp.int32).at[expert_BTK].add(1, mode="drop")
         x_BTD, gate_BTK = spread((x_BTD, routing.gate_BTK), (MODEL,))
         routed_BTD, experts = apply_experts(
-            experts,
-            x_BTD,
-            routing.expert_BTK,
-            gate_BTK,
-            num_experts=self.router.config.num_experts,
-            axes=expert_axes,
+            experts, x_BTD, expert_BTK, gate_BTK, num_experts=num_experts, axes=expert_axes
         )
-        load_E = jnp.zeros(self.router.weight.shape[0], jnp.int32)
-        load_E = load_E.at[routing.expert_BTK].add(counted_BT[..., None].astype(jnp.int32))
         return routed_BTD + self.shared(x_BTD), experts, load_E, routing

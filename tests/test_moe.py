@@ -80,3 +80,12 @@ def test_loads_count_the_choices_of_real_tokens():
     chosen = np.asarray(moe.router(x).expert_BTK)[np.asarray(real)]
     np.testing.assert_array_equal(load, np.bincount(chosen.reshape(-1), minlength=8))
     assert int(load.sum()) == 13 * config.moe.experts_per_token
+
+
+def test_padding_reads_no_expert():
+    config = tiny_config(TINY)
+    moe, experts = initialize((Moe(config), Experts(config)), jax.random.key(0), std=0.2)
+    x = jax.random.normal(jax.random.key(1), (2, 9, config.dim))
+    nowhere = jax.tree.map(lambda weight: jnp.full_like(weight, jnp.nan), experts)
+    y, *_ = moe(x, ExpertList.of(nowhere), jnp.zeros((2, 9), bool), ())
+    np.testing.assert_array_equal(y, moe.shared(x))
