@@ -11,6 +11,7 @@ from glm5_jax.bits import as_bits
 from glm5_jax.block import Memory, Report, Setting
 from glm5_jax.cache import KVCache, LayerCache
 from glm5_jax.config import Config
+from glm5_jax.experts import ExpertList
 from glm5_jax.mtp import Mtp
 from glm5_jax.norm import rms_norm
 from glm5_jax.params import leaf_path, scale, weight
@@ -177,6 +178,9 @@ def predict_ahead(
       For each depth the hidden states, of which `logits` makes predictions, and the MTP layer's
       report.
 
+    Raises:
+      ValueError: the model has no MTP layer.
+
     Source: DeepSeek-V3, arXiv:2412.19437, section 2.2, with one layer shared by all depths as in
     GLM-5, arXiv:2602.15763, section 2.1.
     """
@@ -203,7 +207,8 @@ def predict_ahead(
         def apply(
             mtp: Mtp, hidden_BTD: jax.Array, embedded_BTD: jax.Array, setting: Setting = setting
         ) -> tuple[jax.Array, Report]:
-            hidden_BTD, _, report = mtp(hidden_BTD, embedded_BTD, setting)
+            experts = ExpertList.of(mtp.experts)
+            hidden_BTD, _, report = mtp(hidden_BTD, embedded_BTD, experts, setting)
             return hidden_BTD, report
 
         layer = rematerialised(apply, remat, in_scan=False)
@@ -236,6 +241,9 @@ def read_ahead(
     Returns:
       Hidden states, of which `logits` makes predictions of the token after each; the cache, whose
       length stays that of the main model; and the selection.
+
+    Raises:
+      ValueError: the model or its cache has no MTP layer.
     """
     if model.mtp is None or cache.pools.mtp is None:
         raise ValueError("the model or its cache has no MTP layer")
@@ -254,8 +262,10 @@ def read_ahead(
     )
     memory = Memory(*cache.pools.mtp.memory(jnp.zeros((), jnp.int32), cache.dtype, cache.page_BW))
     mtp = whole(model.mtp, Mtp(config), rules, before_BTD.dtype)
+    # As they are kept: those that are chosen are multiplied out or widened one by one.
+    experts = ExpertList(model.mtp.experts, jnp.zeros((), jnp.int32), None)
     hidden_BTD, memory, report = mtp(
-        before_BTD, embed(model, tokens_BT, rules), setting, memory, selection
+        before_BTD, embed(model, tokens_BT, rules), experts, setting, memory, selection
     )
     pools = cache.pools._replace(mtp=memory.stacks())
     return hidden_BTD, dataclasses.replace(cache, pools=pools), report.selection

@@ -29,6 +29,7 @@ class Mtp(nnx.Module):
         self,
         hidden_BTD: jax.Array,
         embedded_BTD: jax.Array,
+        experts: ExpertList,
         setting: Setting,
         memory: Memory | None = None,
         selection: Selection | None = None,
@@ -38,6 +39,7 @@ class Mtp(nnx.Module):
         Args:
           hidden_BTD: of the main model after its final norm, or of this layer one depth before.
           embedded_BTD: the embedding of the token that each row sees next.
+          experts: this layer's own; as they are kept, or whole where they are stored in parts.
           memory: of the tokens before these; None in a pass without a cache.
           selection: what to attend to, if the setting has no indexer asked.
 
@@ -54,7 +56,5 @@ class Mtp(nnx.Module):
         )
         joined_BTD = project("BTJ,DJ->BTD", jnp.concatenate(parts, axis=-1), self.join)
         given = Selection() if selection is None else selection
-        out_BTD, _, memory, report = self.block(
-            joined_BTD, ExpertList.of(self.experts), memory, given, setting
-        )
+        out_BTD, _, memory, report = self.block(joined_BTD, experts, memory, given, setting)
         return rms_norm(out_BTD, self.norm, self.norm_eps), memory, report

@@ -1,11 +1,15 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from glm5_jax.cache import KVCache, Pools
-from glm5_jax.model import forward, logits, predict_ahead, read_ahead
+from glm5_jax.model import Glm5, for_decoding, forward, logits, predict_ahead, read_ahead
+from glm5_jax.params import abstract
 from glm5_jax.places import Places
+from glm5_jax.presets import load_preset
 from tests.reference.numpy_glm5 import NumpyGlm5
 from tests.tiny import GROUPED, TINY, TOKENS, build_model, random_model, random_weights
 
@@ -92,3 +96,25 @@ def test_reading_ahead_with_a_cache_predicts_what_depth_one_does(portion):
         np.testing.assert_allclose(
             ahead[:, first - part.start :], expected[:, first - 1 : part.stop - 1], atol=2e-5
         )
+
+
+def test_reading_ahead_widens_no_experts_but_those_chosen():
+    """XLA's CPU backend would widen all of them, and then copy a few."""
+    config = load_preset("bench").config
+    model = jax.eval_shape(for_decoding, abstract(Glm5(config), jnp.bfloat16))
+
+    def step(model, cache, before, token):
+        return read_ahead(model, before, token, cache.next_places(jnp.ones(1, int), 1), cache)
+
+    pools = functools.partial(Pools.create, config, 8, 64, jnp.bfloat16, with_mtp=True)
+    cache = KVCache(
+        jax.eval_shape(pools),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+        jnp.dtype(jnp.bfloat16),
+        jax.ShapeDtypeStruct((1, 8), jnp.int32),
+    )
+    before = jax.ShapeDtypeStruct((1, 1, config.dim), jnp.bfloat16)
+    lowered = jax.jit(step).lower(model, cache, before, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    experts = jax.tree.leaves(model.mtp.experts)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in experts)
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < size / 2
