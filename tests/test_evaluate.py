@@ -56,6 +56,13 @@ def test_log_probabilities_are_those_of_score():
         np.testing.assert_allclose(scored.logprobs[depth], given, **TOLERANCE)
 
 
+def test_a_text_too_short_to_predict_ahead_counts_nothing_there():
+    tokens = documents()[0].tokens
+    scored = dict(Scorer(model(), depth=2)([Span(tokens[:2], 1), Span(tokens[:9], 1)]))
+    assert [len(logprobs) for logprobs in scored[0].logprobs] == [1, 0, 0]
+    assert [len(logprobs) for logprobs in scored[1].logprobs] == [8, 7, 6]
+
+
 def test_a_greedy_continuation_is_all_likeliest():
     tokens = documents()[1].tokens
     for _ in range(12):

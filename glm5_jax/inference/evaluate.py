@@ -99,7 +99,7 @@ class Scorer:
         for row, span in enumerate(spans):
             # Row i of depth d predicts token i + 1 + d.
             parts = [
-                slice(max(span.first - 1 - depth, 0), len(span.tokens) - 1 - depth)
+                slice(max(span.first - 1 - depth, 0), max(len(span.tokens) - 1 - depth, 0))
                 for depth in range(len(by_depth))
             ]
             logprobs = [
