@@ -58,7 +58,8 @@ class Selection(NamedTuple):
         batch_B11 = jnp.arange(batch)[:, None, None]
         query_T1 = jnp.arange(length)[:, None]
         nothing_BTS = jnp.zeros((batch, length, keys.position_BT.shape[1]), bool)
-        return nothing_BTS.at[batch_B11, query_T1, self.index_BTK].set(self.valid_BTK, mode="drop")
+        # Not `set`: what is not valid may name the slot of what is.
+        return nothing_BTS.at[batch_B11, query_T1, self.index_BTK].max(self.valid_BTK, mode="drop")
 
 
 class Recall(NamedTuple):

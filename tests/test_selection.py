@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glm5_jax.places import Places
 from glm5_jax.selection import Selection, divergence
 
 BATCH, QUERIES, TOKENS, HEADS = 1, 16, 256, 8
@@ -65,3 +66,10 @@ def test_a_query_that_sees_nothing_has_no_gradient():
     actual = jax.value_and_grad(unseen)(log_share.at[0, 0].set(jax.nn.log_softmax(hidden)))
     np.testing.assert_array_equal(actual[0], expected[0])
     np.testing.assert_array_equal(actual[1], expected[1])
+
+
+def test_a_place_that_is_not_valid_hides_no_token():
+    """Where less is visible than selected, those places may name any token, selected ones too."""
+    index, valid = jnp.array([[[3, 5, 3, 3, 1]]]), jnp.array([[[False, True, True, False, False]]])
+    seen = Selection(index, valid).seen(Places.unpadded(1, 1), Places.unpadded(1, 8))
+    np.testing.assert_array_equal(np.flatnonzero(seen), [3, 5])
