@@ -287,3 +287,15 @@ def test_bfloat16_generates_too(directory, capsys):
     status, output = run(capsys, "--model", directory, *options)
     assert status == 0
     assert np.fromstring(output.out, sep=",").shape == (6,)
+
+
+def test_without_the_mtp_layer_that_transformers_drops_nothing_is_drafted(capsys, tmp_path):
+    weights = random_weights(SHARED)
+    kept = {name: w for name, w in weights.items() if not name.startswith("model.layers.7.")}
+    directory = write_published(tmp_path / "model", SHARED, kept)
+    options = ("--prompt-tokens", "7,17,41", "--max-new-tokens", 3, "--json")
+    status, output = run(capsys, "--model", directory, *options)
+    assert status == 0, output.err
+    assert len(json.loads(output.out)["tokens"]) == 3
+    status, output = run(capsys, "--model", directory, *options, "--draft-tokens", 1)
+    assert status == 2 and "the model has no MTP layer" in output.err

@@ -113,8 +113,8 @@ def add_engine(command: argparse.ArgumentParser, slots: int = 8) -> None:
         "--draft-tokens",
         type=integer(0, 16),
         metavar="N",
-        help="drafted at a time by the MTP layer; changes the speed, never the text (default: "
-        f"{_USUAL_DRAFT} if there is such a layer, else 0)",
+        help="drafted at a time by the MTP layer; changes the speed, and the text by rounding at "
+        f"most (default: {_USUAL_DRAFT} if there is such a layer, else 0)",
     )
 
 
@@ -145,10 +145,9 @@ def make_engine(
     from glm5_jax.inference.engine import Engine
     from glm5_jax.load import read_model_config
 
-    config = read_model_config(args.model).config
-    check_engine(args, config)
+    check_engine(args, read_model_config(args.model).config)
     model, partition = load(args)
-    drafts = args.draft_tokens
+    config, drafts = model.config, args.draft_tokens  # transformers saves no MTP layer
     if drafts is None:
         drafts = _USUAL_DRAFT if config.num_mtp_layers else 0
     return Engine(

@@ -63,8 +63,8 @@ class Engine:
           num_tokens: ids from here on are not generated; the vocabulary's size unless given.
           cache_tokens: that there is room for in all, rounded up to whole pages; unless given for
             4096 in every slot, and at least for the context where that is given.
-          draft_tokens: that the MTP layer drafts at a time; none unless given. The text does not
-            depend on it, its speed does.
+          draft_tokens: that the MTP layer drafts at a time; none unless given. The text depends on
+            it by rounding only, as several tokens are read at once then; its speed does.
 
         Raises:
           InputError: there is no MTP layer to draft with, or no room for the context.

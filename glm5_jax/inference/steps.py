@@ -212,7 +212,7 @@ def _verified(
 
     The first of the tokens read is given, the others are drafts. Each new token is drawn from the
     model's own scores, with the noise that a single step would have; a draft counts only by being
-    that very token. So the text is the one that there would be without drafts.
+    that very token. So the text is the one that there would be without drafts, but for rounding.
 
     Source: Daliri, Musco and Suresh, arXiv:2408.07978, on coupling by shared noise.
     """
