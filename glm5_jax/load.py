@@ -32,6 +32,22 @@ def read_model_config(directory: Path) -> PublishedConfig:
     return read_config(directory / CONFIG_NAME)
 
 
+def dtype_to_run(stored: str, asked: str | None = None) -> str:
+    """The dtype to run a model in, which the process is made ready for.
+
+    Accelerators would multiply float32 with fewer bits, and float16, in which few models are
+    stored, has too small a range.
+
+    Args:
+      stored: that of the checkpoint's config.
+      asked: by the user.
+    """
+    dtype = asked or ("float32" if stored == "float16" else stored)
+    if dtype == "float32":
+        jax.config.update("jax_default_matmul_precision", "highest")
+    return dtype
+
+
 def load_model(
     directory: Path,
     dtype: jax.typing.DTypeLike | None = None,
@@ -41,7 +57,8 @@ def load_model(
 
     Args:
       directory: a native checkpoint, or a directory in the published layout.
-      dtype: to convert the weights to, but for pinned ones; the config's unless given.
+      dtype: to convert the weights to, but for pinned ones; unless given the config's of a
+        published checkpoint, and that which they are stored in of a native one.
       partition: the devices that keep the weights; the first one unless given.
 
     Raises:

@@ -5,6 +5,7 @@ import importlib
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -99,6 +100,22 @@ def test_lm_eval_makes_the_model_by_its_name(directory, task, capsys):
     )
     expected = accuracy(Tokenizer(directory), QUESTIONS)
     assert results["results"]["tiny_choices"]["acc,none"] == pytest.approx(expected)
+
+
+def test_lm_eval_runs_a_float16_model_in_float32(tmp_path):
+    write_published(tmp_path, RAW | {"dtype": "float16"}, random_weights(RAW))
+    write_tokenizer(tmp_path)
+    lm = Glm5Lm.create_from_arg_string(f"pretrained={tmp_path},max_length=64")
+    assert lm._scorer._model.head.dtype == "float32"
+    assert jax.config.jax_default_matmul_precision == "highest"
+
+
+def test_a_fault_of_the_model_is_not_told_as_one_of_a_task(task, tmp_path, monkeypatch):
+    lm = Glm5Lm(model(), write_tokenizer(tmp_path))
+    monkeypatch.setattr(lm._scorer, "_compute", None)
+    manager = lm_eval.tasks.TaskManager(include_defaults=False)
+    with pytest.raises(TypeError, match="not callable"):
+        tasks.run_tasks(lm, [str(task)], manager)
 
 
 def test_tasks_can_be_conversations(directory, task, tmp_path):

@@ -135,17 +135,12 @@ def load(args: argparse.Namespace) -> "tuple[Glm5, Partition]":
     Raises:
       InputError: it cannot be loaded.
     """
-    import jax
-
-    from glm5_jax.load import load_model, read_model_config
+    from glm5_jax.load import dtype_to_run, load_model, read_model_config
     from glm5_jax.mesh import announcement
 
     published = read_model_config(args.model)
     report_unknown_keys(args.model, published.unknown_keys)
-    stored = published.config.dtype
-    dtype = args.dtype or ("float32" if stored == "float16" else stored)
-    if dtype == "float32":  # accelerators would otherwise multiply with fewer bits
-        jax.config.update("jax_default_matmul_precision", "highest")
+    dtype = dtype_to_run(published.config.dtype, args.dtype)
     partition = partition_for(published.config, args.mesh, "run")
     if partition.mesh.size > 1:
         notice(announcement(partition.mesh))

@@ -27,7 +27,7 @@ from glm5_jax.inference.generate import Generator
 from glm5_jax.inference.generation_config import stop_tokens
 from glm5_jax.inference.request import Sampling
 from glm5_jax.inference.tokenizer import Tokenizer
-from glm5_jax.load import load_model, read_model_config
+from glm5_jax.load import dtype_to_run, load_model, read_model_config
 from glm5_jax.mesh import make_mesh
 from glm5_jax.model import Glm5
 from glm5_jax.sharding import DECODE, Partition, mesh_sizes
@@ -98,7 +98,7 @@ class Glm5Lm(TemplateLM):
         sizes = mesh_sizes("auto", jax.device_count(), Glm5(config), DECODE)
         partition = Partition(make_mesh(sizes), DECODE)
         stop = stop_tokens(directory, config.eos_ids)
-        model = load_model(directory, partition=partition)
+        model = load_model(directory, dtype_to_run(config.dtype), partition)
         return cls(model, Tokenizer(directory), partition, stop=stop, **given)
 
     @classmethod

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 
 from glm5_jax.errors import InputError
+from glm5_jax.inference.evaluate import Scorer
+from glm5_jax.inference.generate import Generator
 from glm5_jax.inference.harness import Glm5Lm
 
 
@@ -64,10 +67,19 @@ def run_tasks(
     except InputError:
         raise
     except Exception as error:  # tasks are programs of others
+        if _is_of_model(error):
+            raise
         name = ",".join(tasks)
         raise InputError(f"--tasks {name:.80}: {type(error).__name__}: {error!s:.300}") from None
     results: dict[str, Any] = json.loads(json.dumps(found, default=handle_non_serializable))
     return results
+
+
+def _is_of_model(error: Exception) -> bool:
+    """Whether it was raised while scoring or generating, which is no task's doing."""
+    modules = {Scorer.__module__, Generator.__module__}
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") in modules for frame, _ in frames)
 
 
 def tables(results: dict[str, Any]) -> str:
