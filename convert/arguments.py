@@ -2,8 +2,6 @@
 
 import argparse
 import dataclasses
-import json
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,10 +70,12 @@ def size(text: str) -> int:
 
 def setting(text: str) -> tuple[str, object]:
     """A key and a value in JSON, where a word needs no quotes."""
+    from glm5_jax.strict_json import parse_value
+
     key, equals, value = text.partition("=")
     try:
-        return key, json.loads(value)
-    except ValueError:
+        return key, parse_value(value)
+    except InputError:
         if key and equals and re.fullmatch(r"[\w.-]+", value):
             return key, value
     raise argparse.ArgumentTypeError(f"is {text!r:.80}, expected KEY=VALUE, VALUE in JSON")
@@ -166,11 +166,11 @@ def effort_of(args: argparse.Namespace) -> "Effort":
     Raises:
       InputError: `--process` is given to processes that are connected.
     """
-    from convert.conversion import Effort, quarter_of_memory
+    from convert.conversion import DEFAULT_EFFORT
 
-    bounds = Effort(
-        memory=args.memory or quarter_of_memory(),
-        num_threads=args.threads or os.cpu_count() or 1,
+    given = {"memory": args.memory, "num_threads": args.threads}
+    bounds = dataclasses.replace(
+        DEFAULT_EFFORT, **{name: value for name, value in given.items() if value is not None}
     )
     if "process" not in args:  # nothing is shared
         return bounds

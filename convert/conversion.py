@@ -41,20 +41,22 @@ DEFAULT_EFFORT = Effort()
 class Outline(NamedTuple):
     """What a conversion will do."""
 
-    num_shards: int  # of the published side
+    num_units: int  # of what is done and noted together
     num_tensors: int
     num_chunks: int  # of the native side
     bytes_read: int
     bytes_written: int
+    units: str = "shards"  # of the published side, unless there is none
 
     def lines(self, destination: Path, effort: Effort) -> Iterator[str]:
         """For a reader."""
         free = _free_at(destination)
-        yield f"{self.num_tensors:,} tensors in {self.num_shards:,} shards"
+        yield f"{self.num_tensors:,} tensors in {self.num_units:,} {self.units}"
         yield f"{self.num_chunks:,} chunks of at most {CHUNK_BYTES // 2**20} MiB"
         yield f"{self.bytes_read:,} bytes to read"
         yield f"{self.bytes_written:,} bytes to write, where {free:,} are free"
-        yield f"at most {effort.memory:,} bytes in hand, of {effort.num_threads} shards at a time"
+        at_a_time = f"{effort.num_threads} {self.units} at a time"
+        yield f"at most {effort.memory:,} bytes in hand, of {at_a_time}"
 
 
 def _free_at(destination: Path) -> int:

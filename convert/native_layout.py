@@ -49,22 +49,30 @@ def native_layout(
 ) -> dict[str, Layout]:
     """Leaves keep the dtype of their tensors; float8 becomes what is asked for, or stays.
 
-    Where some tensors of a leaf are float8 and others not, all become what holds both.
+    Where some tensors of a leaf are float8 and others not, all become what holds the others, and
+    what float8 was to become.
     """
     stored = source.tensors()
-    dtypes: dict[str, jax.typing.DTypeLike] = {}
-    with jax.numpy_dtype_promotion("standard"):  # asks for what holds both, and mixes no arrays
-        for tensor in published_tensors(source.config):
-            dtype: jax.typing.DTypeLike = stored[tensor.name].dtype
-            if source.has_scales(tensor.name):
-                dtype = float8_as or source.config.dtype
-            dtypes[tensor.leaf] = jnp.promote_types(dtypes.get(tensor.leaf, dtype), dtype)
+    found: dict[str, set[np.dtype]] = {}
+    for tensor in published_tensors(source.config):
+        dtype: jax.typing.DTypeLike = stored[tensor.name].dtype
+        if source.has_scales(tensor.name):
+            dtype = float8_as or source.config.dtype
+        found.setdefault(tensor.leaf, set()).add(jnp.dtype(dtype))
+    dtypes = {leaf: _common(several) for leaf, several in found.items()}
     leaves = params_layout(source.config, dtypes)
     for leaf, weight in leaves_by_path(Glm5(source.config)).items():
         if dtypes[leaf] == FLOAT8.kind:
             del leaves[leaf]
             leaves |= FLOAT8.layouts(leaf, weight)
     return leaves
+
+
+def _common(dtypes: set[np.dtype]) -> np.dtype:
+    """What holds all of them. Float8 needs scales, which a leaf has for all of it or not at all."""
+    several = sorted(dtypes - {FLOAT8.held_as} or dtypes, key=str)
+    with jax.numpy_dtype_promotion("standard"):  # asks for what holds both, and mixes no arrays
+        return functools.reduce(jnp.promote_types, several)
 
 
 class Place(NamedTuple):

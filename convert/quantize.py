@@ -42,6 +42,7 @@ from glm5_jax.quantized import packed
 from glm5_jax.tree_writer import TreeWriter
 
 _KEYS = ("chunks", "errors")  # of the record of a unit
+_UNITS = "parts"
 
 
 class Quantized(NamedTuple):
@@ -93,11 +94,12 @@ def outline(directory: Path, scheme: str) -> Outline:
     with _opened(directory) as source:
         made = _leaves(source, scheme)
         return Outline(
-            num_shards=len(_units(source)),
+            num_units=len(_units(source)),
             num_tensors=len(source.tensors()),
             num_chunks=sum(math.prod(place.grid) for place in made.values()),
             bytes_read=sum(map(num_bytes, source.leaves.values())),
             bytes_written=sum(map(num_bytes, made.values())),
+            units=_UNITS,
         )
 
 
@@ -155,7 +157,15 @@ class _Quantization:
         sizes = {unit: sum(map(self._size, tensors)) for unit, tensors in self._units.items()}
         written = sum(map(num_bytes, self._leaves.values()))
         growth = written / sum(sizes.values())
-        do_share("quantize", self._workspace, sizes, self._effort, self._round, growth=growth)
+        do_share(
+            "quantize",
+            self._workspace,
+            sizes,
+            self._effort,
+            self._round,
+            units=_UNITS,
+            growth=growth,
+        )
         with self._workspace.finishing(sizes) as records:
             if records is None:
                 return None

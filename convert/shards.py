@@ -22,6 +22,7 @@ def do_share(
     effort: Effort,
     work: Work,
     *,
+    units: str = "shards",
     growth: float = 1.0,
     freed: float = 0.0,
     prepare: Callable[[], None] = lambda: None,
@@ -32,6 +33,7 @@ def do_share(
     Args:
       sizes: of all shards, in bytes, by their names.
       work: does one shard, whose record is written down then; it moves the bar by its bytes.
+      units: what they are called.
       growth: bytes that are written for each one of a shard.
       freed: bytes that the disk has more for each one of a shard, when it is finished.
       prepare: is called first, if there is anything to do.
@@ -44,7 +46,7 @@ def do_share(
     left = [shard for shard in own if shard not in workspace.records]
     num_done = len(own) - len(left)
     if num_done:
-        notice(f"{num_done} of {len(own)} shards are done already")
+        notice(f"{num_done} of {len(own)} {units} are done already")
     if left:
         at_a_time = sorted(sizes[shard] for shard in left)[-effort.num_threads :]
         needed = int(max(growth - freed, 0) * sum(sizes[shard] for shard in left))
@@ -54,7 +56,7 @@ def do_share(
         prepare()
     counted = itertools.count(num_done + 1)
     columns = (
-        TextColumn("{task.fields[done]}/" + f"{len(own)} shards"),
+        TextColumn("{task.fields[done]}/" + f"{len(own)} {units}"),
         DownloadColumn(),
         TransferSpeedColumn(),
     )

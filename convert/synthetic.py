@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
+from convert.conversion import require_room
 from convert.writer import Entry, file_header, shard_names, split_shards, write_index
 from glm5_jax.atomic import new_directory
 from glm5_jax.checkpoint import CONFIG_NAME
@@ -24,9 +25,8 @@ from glm5_jax.config_json import parse_config
 from glm5_jax.console import progress
 from glm5_jax.published.fp8 import BLOCK, SCALE_SUFFIX, scale_shape
 from glm5_jax.published.names import published_tensors
+from glm5_jax.quantization import LEFT_ALONE
 
-# Matrices that the float8 checkpoints hold in bfloat16, by the ends of their leaves.
-_NOT_FLOAT8 = ("embedding", "head", "join", "router.weight", "head_gate")
 _NOISE_BYTES = 2**25
 FLOAT8_CONFIG = {
     "quant_method": "fp8",
@@ -42,7 +42,7 @@ def published_entries(config: Config, *, float8: bool = False) -> list[Entry]:
     for name, shape, leaf, _ in published_tensors(config):
         if leaf.endswith("router.bias"):
             entries.append(Entry(name, shape, jnp.dtype(jnp.float32)))
-        elif not float8 or len(shape) != 2 or leaf.endswith(_NOT_FLOAT8):
+        elif not float8 or len(shape) != 2 or leaf.endswith(LEFT_ALONE):
             entries.append(Entry(name, shape, jnp.dtype(jnp.bfloat16)))
         else:
             entries.append(Entry(name, shape, jnp.dtype(jnp.float8_e4m3fn)))
@@ -68,12 +68,15 @@ def synthesize(
       How many bytes of weights there are.
 
     Raises:
-      InputError: the config is not one of this model, or the destination exists.
+      InputError: the config is not one of this model, the destination exists, or the disk is too
+        small.
     """
     entries = published_entries(parse_config(dict(raw)).config, float8=float8)
     parts = split_shards(entries, shard_bytes)
     shards = dict(zip(shard_names(len(parts)), parts, strict=True))
     total = sum(entry.num_bytes for entry in entries)
+    if not holes:
+        require_room(destination, total)
     columns = (DownloadColumn(), TransferSpeedColumn())
     with (
         new_directory(destination) as directory,

@@ -69,7 +69,7 @@ def outline(
     opener = opener_for(destination, effort)
     with _opened(directory, float8_as, subset, opener) as (source, leaves):
         return Outline(
-            num_shards=len(source.files()),
+            num_units=len(source.files()),
             num_tensors=len(list(published_tensors(source.config))),
             num_chunks=sum(math.prod(place.grid) for place in leaves.values()),
             bytes_read=sum(map(source.num_bytes, source.files())),

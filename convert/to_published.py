@@ -97,7 +97,7 @@ def outline(
         entries = [entry for shard in shards for entry in shard]
         leaves = source.leaves.values()
         return Outline(
-            num_shards=len(shards),
+            num_units=len(shards),
             num_tensors=_num_tensors(entries),
             num_chunks=sum(math.prod(place.grid) for place in leaves),
             bytes_read=sum(map(num_bytes, leaves)),

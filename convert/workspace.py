@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 
 from convert.journal import Journal, Record, journal_path, journals, read_journals
 from glm5_jax.atomic import locked, make_parent, named_errors, refuse_existing, sync
+from glm5_jax.coordination import LONGEST, said_by_all
 from glm5_jax.errors import InputError
+from glm5_jax.processes import is_first
 from glm5_jax.strict_json import read_json
 
 IsThere = Callable[[Path, Record], bool]
@@ -30,6 +32,7 @@ _PLAN_NAME = "plan.json"
 _CONTENT_NAME = "content"
 _LOOKED_NAME = "looked"
 _STAND_INS_NAME = "stand-ins"
+_RESTARTED = "conversion begun anew"
 
 
 class Share(NamedTuple):
@@ -91,7 +94,7 @@ class Workspace:
         return self.directory / f"{name}.{self._share.number}"
 
     def bytes_left_over(self, sizes: Mapping[str, int], growth: float) -> int:
-        """What the content holds of shards that are not done.
+        """What there is of shards that are not done: in the content, and in files of this process.
 
         Args:
           sizes: of all shards, in bytes.
@@ -100,7 +103,8 @@ class Workspace:
         files = (path for path in self.content.rglob("*") if path.is_file())
         held = sum(path.stat().st_size for path in files)
         done = sum(size for shard, size in sizes.items() if shard in self.records)
-        return max(0, held - int(growth * done))
+        begun = sum(path.stat().st_size for path in self.directory.glob(self.partial("*").name))
+        return max(0, held - int(growth * done)) + begun
 
     @contextlib.contextmanager
     def finishing(self, shards: Collection[str]) -> Iterator[dict[str, Record] | None]:
@@ -165,7 +169,8 @@ def open_workspace(
       plan: what must be the same for going on, in JSON.
       keys: of a record, beside those that all have.
       is_there: whether the content still has what a record says was done.
-      restart: begin anew if it is not the same, or is.
+      restart: begin anew if it is not the same, or is; of processes that are connected, the first
+        does so for all.
 
     Raises:
       InputError: there is something under the name of the destination, another process is at this
@@ -174,6 +179,9 @@ def open_workspace(
     refuse_finished(destination)
     directory = _directory_of(destination)
     make_parent(destination)
+    if restart and not is_first():
+        said_by_all(_RESTARTED, "", LONGEST)
+        restart = False
     with named_errors(destination, directory.name):
         if directory.is_symlink() or directory.exists() and not directory.is_dir():
             raise InputError(f"{directory}: is in the way, expected nothing of that name")
@@ -196,6 +204,8 @@ def open_workspace(
                     _refuse_loss(destination)  # now that nobody is at it
                     (directory / _PLAN_NAME).unlink(missing_ok=True)
             _require_plan(directory, destination, plan)
+            if restart:
+                said_by_all(_RESTARTED, "", LONGEST)
             workspace = Workspace(destination, share, keys, is_there)
             try:
                 with named_errors(destination, directory.name):

@@ -24,7 +24,7 @@ from glm5_jax.tree_store import TreeReader
 
 VALUES, SCALES = ".values", ".scales"  # ends of leaves
 # What is left as it is: little of the model, and sensitive; so do the published checkpoints.
-_LEFT_ALONE = ("embedding", "head", "join", "router.weight", "head_gate")
+LEFT_ALONE = ("embedding", "head", "join", "router.weight", "head_gate")
 
 
 class Scheme(NamedTuple):
@@ -42,7 +42,7 @@ class Scheme(NamedTuple):
 
     def keeps(self, leaf: str, weight: ParamSpec) -> bool:
         """Whether a weight is kept so."""
-        if len(axes_of_published(weight)) != 2 or leaf.endswith(_LEFT_ALONE):
+        if len(axes_of_published(weight)) != 2 or leaf.endswith(LEFT_ALONE):
             return False
         if self.experts_only and ".experts." not in f".{leaf}.":
             return False

@@ -25,6 +25,22 @@ def _number(text: str) -> float:
     return value
 
 
+def parse_value(text: str | bytes) -> Any:
+    """Parses any JSON value.
+
+    Raises:
+      InputError: the text is not one with unique keys and finite numbers.
+    """
+    try:
+        return json.loads(
+            text, object_pairs_hook=_object, parse_float=_number, parse_constant=_number
+        )
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not valid JSON: {error}") from None
+
+
 def parse_json(text: str | bytes | memoryview, where: str) -> dict[str, Any]:
     """Parses a JSON object; `where` names the source in errors.
 
@@ -32,15 +48,10 @@ def parse_json(text: str | bytes | memoryview, where: str) -> dict[str, Any]:
       InputError: the text is not one JSON object with unique keys and finite numbers.
     """
     try:
-        value = json.loads(
-            str(text, "utf-8") if isinstance(text, memoryview) else text,
-            object_pairs_hook=_object,
-            parse_float=_number,
-            parse_constant=_number,
-        )
+        value = parse_value(str(text, "utf-8") if isinstance(text, memoryview) else text)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    except (ValueError, RecursionError) as error:
+    except UnicodeDecodeError as error:
         raise InputError(f"{where}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(value).__name__}")

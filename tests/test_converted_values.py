@@ -55,16 +55,19 @@ def test_copies_in_the_mtp_layer_must_be_copies(tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
-def test_a_leaf_of_float8_and_others_takes_the_wider_dtype(tmp_path):
+@pytest.mark.parametrize(("asked", "found"), [("float32", "float32"), ("float8", "bfloat16")])
+def test_a_leaf_of_float8_and_others_takes_the_wider_dtype(tmp_path, asked, found):
     raw = WIDE | {"dtype": "bfloat16"}
     published, _ = float8_weights(random_weights(raw))
     name = "model.layers.4.mlp.experts.1.up_proj.weight"
     del published[name + "_scale_inv"]
     published[name] = random_weights(raw)[name].astype(jnp.bfloat16)
     source = write_published(tmp_path / "source", raw, published)
-    assert main(["from-hf", str(source), str(tmp_path / "a"), "--float8-as", "float32"]) == 0
-    leaves = leaves_by_path(restore_checkpoint(tmp_path / "a"))
-    assert leaves["segments.1.experts.0.up"].dtype == jnp.float32
+    assert main(["from-hf", str(source), str(tmp_path / "a"), "--float8-as", asked]) == 0
+    up = leaves_by_path(restore_checkpoint(tmp_path / "a"))["segments.1.experts.0.up"]
+    assert up.dtype == found
+    # The first MoE layer of the segment is the model's third.
+    np.testing.assert_array_equal(up[1, 1], published[name].astype(found))
 
 
 @pytest.mark.parametrize("scale", [np.nan, np.inf, -1.0])

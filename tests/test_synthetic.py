@@ -1,4 +1,5 @@
 import json
+import shutil
 import time
 
 import numpy as np
@@ -63,6 +64,9 @@ def test_keys_of_the_config_can_be_changed(tmp_path, config):
     [
         (["--set", "vocab_size"], "expected KEY=VALUE"),
         (["--set", "vocab_size=-1"], "vocab_size"),
+        (["--set", "hiden_size=64"], "--set 'hiden_size': the model has no such key"),
+        (["--set", "rope_theta=" + 5000 * "["], "expected KEY=VALUE, VALUE in JSON"),
+        (["--set", "rope_theta=1e999"], "expected KEY=VALUE, VALUE in JSON"),
         (["--config", "glm-4"], "expected one of"),
         (["--shard-size", "0"], "expected one like 5GB"),
     ],
@@ -87,3 +91,12 @@ def test_converting_it_back_gives_the_same_files(tmp_path, config):
     assert len(files) > 3
     for path in files:
         assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes()
+
+
+def test_what_the_disk_has_no_room_for_is_not_begun(tmp_path, config, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    arguments = ["synthesize", str(tmp_path / "x"), "--config", str(config)]
+    assert main(arguments) == 2
+    assert "bytes are to be written, where 1,000 are free" in capsys.readouterr().err
+    assert main([*arguments, "--holes"]) == 0

@@ -72,7 +72,7 @@ def add(commands: Any) -> None:
     command.add_argument("source", type=on_disk, metavar="SRC", help="native checkpoint")
     command.add_argument("destination", type=on_disk, metavar="DST", help="must not exist")
     command.add_argument(
-        "--shard-size", type=size, default="5GB", metavar="SIZE", help="largest file"
+        "--shard-size", type=size, default="5GB", metavar="SIZE", help="most weights of a file"
     )
     command.add_argument(
         "--dtype",

@@ -6,6 +6,7 @@ from typing import Any
 
 from convert.arguments import on_disk, setting, size
 from glm5_jax.console import add_command
+from glm5_jax.errors import InputError
 
 
 def add(commands: Any) -> None:
@@ -37,20 +38,24 @@ def add(commands: Any) -> None:
         help="headers alone: weights read as zeros and take no space on the disk",
     )
     command.add_argument(
-        "--shard-size", type=size, default="5GiB", metavar="SIZE", help="largest file"
+        "--shard-size", type=size, default="5GiB", metavar="SIZE", help="most weights of a file"
     )
 
 
 def _synthesize(args: argparse.Namespace) -> int:
     from convert.synthetic import synthesize
-    from glm5_jax.config_json import read_config
+    from glm5_jax.config_json import parse_config, read_config
     from glm5_jax.presets import load_preset
 
     path = Path(args.config)
     raw = (read_config(path) if path.suffix == ".json" else load_preset(args.config)).raw
+    raw = raw | dict(args.set)
+    for key in parse_config(raw).unknown_keys:
+        if key in dict(args.set):
+            raise InputError(f"--set {key!r:.80}: the model has no such key")
     num_bytes = synthesize(
         args.destination,
-        raw | dict(args.set),
+        raw,
         args.shard_size,
         float8=args.float8,
         holes=args.holes,

@@ -9,7 +9,15 @@ import pytest
 from convert import journal
 from convert import workspace as workspaces
 from convert.__main__ import main
-from tests.resuming.runs import DIRECTIONS, STEPS, command, contents, convert_in_three, workspace
+from tests.resuming.runs import (
+    DIRECTIONS,
+    STEPS,
+    begin,
+    command,
+    contents,
+    convert_in_three,
+    workspace,
+)
 from tests.together import run_together
 
 
@@ -59,6 +67,15 @@ def test_connected_processes_share_the_work(source, native, whole, tmp_path):
         assert "tensors, " in ended[0].output and not ended[1].output and not ended[2].output
         assert contents(tmp_path / direction) == contents(whole[direction])
         assert not workspace(tmp_path / direction).exists()
+
+
+@pytest.mark.slow
+def test_connected_processes_begin_anew_together(source, native, whole, tmp_path, monkeypatch):
+    begin("from-hf", source, native, tmp_path / "x", monkeypatch)
+    arguments = command("from-hf", source, native, tmp_path / "x", "--restart")
+    ended = run_together(*[("convert", *arguments)] * 3)
+    assert [(each.status, each.errors) for each in ended] == [(0, "")] * 3
+    assert contents(tmp_path / "x") == contents(whole["from-hf"])
 
 
 @pytest.mark.slow

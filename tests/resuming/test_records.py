@@ -150,13 +150,13 @@ def test_beginning_anew_leaves_nothing_of_what_was_before(
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("place", ["content/left over", "left over.safetensors.0"])
 def test_what_is_written_over_needs_no_room(
-    source, native, whole, direction, tmp_path, monkeypatch
+    source, native, whole, direction, place, tmp_path, monkeypatch
 ):
     begin(direction, source, native, tmp_path / "x", monkeypatch, "--threads", "1")
     size = sum(len(data) for name, data in contents(whole[direction]).items())
-    content = workspace(tmp_path / "x") / "content"
-    (content / "left over").write_bytes(bytes(size))
+    (workspace(tmp_path / "x") / place).write_bytes(bytes(size))
     usage = shutil.disk_usage(tmp_path)._replace(free=0)
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda _: usage)
