@@ -80,3 +80,16 @@ def test_a_damaged_record_is_named(tmp_path, changes, named):
 )
 def test_a_progress_bar_says_what_is_learnt_and_how_fast(changes, text):
     assert shown(STEP | changes) == text
+
+
+def test_weights_are_gone_on_with_whatever_became_of_their_history(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    forget_later_steps(path, 1)
+    assert not path.exists()
+    path.write_text(to_line(STEP) + "{damaged\n")
+    damaged = path.read_bytes()
+    forget_later_steps(path, 1)
+    assert not path.exists()
+    assert (tmp_path / "damaged-metrics.jsonl").read_bytes() == damaged
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "metrics.jsonl: line 2: not valid JSON" in told

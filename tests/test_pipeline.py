@@ -264,7 +264,11 @@ def test_grain_is_not_loaded_to_parse_a_command():
     assert done.stdout == "False\n"
 
 
-def test_what_a_run_needs_is_named():
-    code = "import sys; sys.modules['grain'] = None; import train.pipeline"
+@pytest.mark.parametrize(
+    ("module", "package", "user"),
+    [("train.pipeline", "grain", "training"), ("train.encode", "tokenizers", "text")],
+)
+def test_what_a_run_needs_is_named(module, package, user):
+    code = f"import sys; sys.modules['{package}'] = None; import {module}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "training needs the package grain: pip install 'glm5-jax[train]'" in done.stderr
+    assert f"{user} needs the package {package}: pip install 'glm5-jax[train]'" in done.stderr

@@ -36,7 +36,8 @@ def prepare(
     """Tokenizes the documents of named sources into a data directory.
 
     No more of a source is held in memory than its share of the text that a tokenizer is trained
-    on. If all of that belongs to one split, its first document goes to the other.
+    on. If all of that belongs to one split, one document goes to the other, so that most text is to
+    be trained on.
 
     Args:
       vocab_size: of the tokenizer, which is trained on the first documents to be trained on.

@@ -89,11 +89,14 @@ class Loop(NamedTuple):
                     record |= held_out
                     notice(summary(record))
                 self._write(record)
-                self._judge(stage, number, int(metrics.in_a_row))
+                trouble = self._judge(stage, number, int(metrics.in_a_row))
                 came = self.asked()
                 self.saver.check()
-                if came or number == stage.end or number % settings.save_every == 0:
+                at_last = came or trouble or number == stage.end
+                if at_last or number % settings.save_every == 0:
                     self.saver.save(state, stage)
+                if trouble:  # the state is as the last step that was taken left it
+                    raise InputError(trouble)
                 if number == stage.end and metrics.skipped:
                     notice(f"stage {stage.number}: {int(metrics.skipped)} steps were skipped")
                 self.advance(1, shown=shown(record))
@@ -127,12 +130,13 @@ class Loop(NamedTuple):
             record["mfu"] = round(flops / seconds / (num_devices * peak), 4)
         return record
 
-    def _judge(self, stage: Stage, number: int, in_a_row: int) -> None:
-        """Raises `InputError` if too many steps were skipped."""
-        if in_a_row >= min(stage.settings.most_skipped, stage.settings.steps):
-            raise InputError(
-                f"{self.run_directory}: the loss, the norm of the gradients or that of the weights "
-                f"was not finite or far above its mean in {in_a_row} steps in a row, up to step "
-                f"{number}, see {METRICS_NAME}; a lower learning_rate may help, or a higher spike, "
-                "with --accept-changes"
-            )
+    def _judge(self, stage: Stage, number: int, in_a_row: int) -> str:
+        """What ends the run, if too many steps were skipped."""
+        if in_a_row < min(stage.settings.most_skipped, stage.settings.steps):
+            return ""
+        return (
+            f"{self.run_directory}: the loss, the norm of the gradients or that of the weights "
+            f"was not finite or far above its mean in {in_a_row} steps in a row, up to step "
+            f"{number}, see {METRICS_NAME}; a lower learning_rate may help, or a higher spike, "
+            "with --accept-changes"
+        )

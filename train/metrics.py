@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from glm5_jax.atomic import new_file
+from glm5_jax.console import notice
 from glm5_jax.errors import InputError
 from glm5_jax.strict_json import parse_json
 from train.stages import Stage
@@ -85,8 +86,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def forget_later_steps(path: Path, last: int) -> None:
-    """Drops the metrics of steps that will be taken again."""
-    kept = [record for record in read_metrics(path) if record["step"] <= last]
+    """Drops the metrics of steps that will be taken again.
+
+    Weights are worth more than their history: a file that is damaged is put aside.
+    """
+    if not path.exists():
+        return
+    try:
+        kept = [record for record in read_metrics(path) if record["step"] <= last]
+    except InputError as error:
+        aside = path.with_name(f"damaged-{path.name}")
+        path.replace(aside)
+        notice(f"{error}; it is {aside.name} now, and a new one begins")
+        return
     with new_file(path, overwrite=True) as partial:
         partial.write_text("".join(map(to_line, kept)))
 

@@ -82,7 +82,8 @@ class Settings:
     most_skipped: int = _setting(10, "steps skipped in a row that end the run", may_change=True)
     dtype: str = _setting(
         "float32",
-        "that steps compute in; weights and optimizer stay in float32",
+        "that steps compute in, of which accelerators multiply float32 in fewer bits by default; "
+        "weights and optimizer stay in float32",
         choices=("float32", "bfloat16"),
     )
     microbatches: int = _setting(

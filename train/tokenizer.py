@@ -4,7 +4,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from glm5_jax.errors import InputError
+
+try:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+except ImportError:
+    raise InputError("text needs the package tokenizers: pip install 'glm5-jax[train]'") from None
 
 END_OF_TEXT = "<|endoftext|>"  # token 0: ends every document, and pads
 
