@@ -66,7 +66,7 @@ def test_keys_of_the_config_can_be_changed(tmp_path, config):
         (["--set", "vocab_size=-1"], "vocab_size"),
         (["--set", "hiden_size=64"], "--set 'hiden_size': the model has no such key"),
         (["--set", "rope_theta=" + 5000 * "["], "expected KEY=VALUE, VALUE in JSON"),
-        (["--set", "rope_theta=1e999"], "expected KEY=VALUE, VALUE in JSON"),
+        (["--set", "rope_theta=1e999"], "rope_theta is '1e999'"),
         (["--config", "glm-4"], "expected one of"),
         (["--shard-size", "0"], "expected one like 5GB"),
     ],
