@@ -72,6 +72,7 @@ bench-full: $(DEV_AND_TPU)
 	$(BIN)/python -m benchmarks.roofline machine --results benchmarks/results
 	$(BIN)/python -m benchmarks.roofline chips --results benchmarks/results
 	$(BIN)/python -m benchmarks.claims --results benchmarks/results
+	$(BIN)/python -m benchmarks.processors
 	$(BIN)/python -m benchmarks.readme
 
 format: $(DEV)

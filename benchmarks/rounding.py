@@ -18,17 +18,31 @@ from benchmarks.peer import Setting
 from benchmarks.workload import Work, checkpoint
 from glm5_jax.commands.arguments import integer
 
-_LENGTHS = (1024, 2048, 4096)
+_LENGTHS, _PROMPTS = (1024, 2048, 4096), 4
 _WHICH = ("mean", "median", "largest")  # of the gaps of all positions
 _HEAD = [
-    "| tokens read | transformers: mean | median | largest | here: mean | median | largest |",
-    "|" + "---|" * 7,
+    "| tokens read | prompts | transformers: mean | median | largest "
+    "| here: mean | median | largest |",
+    "|" + "---|" * 8,
 ]
 
 
-def measure(length: int) -> dict[str, Any]:
-    """A row: the gaps of the last positions, of equal scores the first selected by all three."""
-    work = Work("prefill", "bench", "float32", 1, length)
+def measure(length: int, num_prompts: int) -> dict[str, Any]:
+    """A row: the gaps of the last positions of all prompts."""
+    pairs = [gaps_of(length, prompt) for prompt in range(num_prompts)]
+    theirs, mine = (np.concatenate(gaps) for gaps in zip(*pairs, strict=True))
+    return {
+        "length": length,
+        "prompts": num_prompts,
+        "theirs": _described(theirs),
+        "ours": _described(mine),
+        "means_of_prompts": [[float(gaps.mean()) for gaps in pair] for pair in pairs],
+    }
+
+
+def gaps_of(length: int, prompt: int) -> tuple[np.ndarray, np.ndarray]:
+    """Transformers' and ours, of equal scores the first selected by all three."""
+    work = Work("prefill", "bench", "float32", 1, length, prompt)
     where = checkpoint(work.preset)
 
     def output(*maker: Any) -> np.ndarray:
@@ -38,11 +52,7 @@ def measure(length: int) -> dict[str, Any]:
     exact = output(peer.make, where, work._replace(dtype="float64"), Setting(), True)
     theirs = output(peer.make, where, work, Setting(), True)
     mine = output(ours.make, where, work)
-    return {
-        "length": length,
-        "theirs": _described(gaps_by_position(theirs, exact)),
-        "ours": _described(gaps_by_position(mine, exact)),
-    }
+    return gaps_by_position(theirs, exact), gaps_by_position(mine, exact)
 
 
 def _described(gaps: np.ndarray) -> dict[str, float]:
@@ -56,13 +66,16 @@ def main(arguments: list[str] | None = None) -> int:
     command_line.add_argument(
         "--lengths", type=integer(1), nargs="+", default=_LENGTHS, help="of prompts, in tokens"
     )
+    command_line.add_argument("--prompts", type=integer(1), default=_PROMPTS, help="of each length")
     args = command_line.parse_args(arguments)
     print("\n".join(_HEAD), flush=True)
     rows, table = [], list(_HEAD)
     for length in args.lengths:
-        rows.append(measure(length))
+        rows.append(measure(length, args.prompts))
         gaps = [rows[-1][who][which] for who in ("theirs", "ours") for which in _WHICH]
-        table.append(f"| {length:,} | " + " | ".join(f"{gap:.1e}" for gap in gaps) + " |")
+        table.append(
+            f"| {length:,} | {args.prompts} | " + " | ".join(f"{gap:.1e}" for gap in gaps) + " |"
+        )
         print(table[-1], flush=True)
     if args.results:
         command = own_command("rounding", arguments)

@@ -200,8 +200,8 @@ def main(arguments: list[str] | None = None) -> int:
     for row in rows:
         try:
             if args.full or row.work not in settings:
-                kind, _, dtype, batch, _ = row.work
-                alike = kind, dtype, batch
+                kind = row.work.kind
+                alike = kind, row.work.dtype, row.work.batch
                 of_kind = [] if args.full else _settings_of(kind, settings)
                 tried = useful.get(alike) or of_kind or peer.settings(kind)
                 useful[alike] = fastest_setting(row.work, tried, args.cores)

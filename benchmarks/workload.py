@@ -30,18 +30,20 @@ class Work(NamedTuple):
     dtype: str
     batch: int
     length: int
+    prompt: int = 0  # which of those at random
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> "Work":
         """What a row of results is of."""
-        return cls(*(row[field] for field in cls._fields))
+        return cls(**{field: row[field] for field in cls._fields if field in row})
 
     def tokens(self) -> np.ndarray:
         """What is read, BT, at random; of decoding, tokens each of which may be the next."""
         decodes = self.kind == "decode"
         length = max(1, NUM_DECODED // self.batch) if decodes else self.length
         vocabulary = load_preset(self.preset).config.vocab_size
-        return np.random.default_rng(0).integers(1, vocabulary, (self.batch, length), np.int32)
+        chance = np.random.default_rng(self.prompt)
+        return chance.integers(1, vocabulary, (self.batch, length), np.int32)
 
     @property
     def trains(self) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import plans, readme, speed
+from benchmarks import plans, processors, readme, speed
 from benchmarks.agreement import agrees
 from benchmarks.arguments import run
 from benchmarks.contest import Failed, Program, contender, take_turns
@@ -176,6 +176,7 @@ def test_the_readme_has_the_tables_that_were_measured():
     text = (readme.ROOT / "README.md").read_text()
     assert "<!-- benchmarks/results/speed.md -->" in text
     assert readme.with_tables(text) == text
+    assert (RESULTS / "processors.md").read_text() == processors.table()
 
 
 @pytest.mark.parametrize(
