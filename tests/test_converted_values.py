@@ -66,7 +66,7 @@ def test_a_leaf_of_float8_and_others_takes_the_wider_dtype(tmp_path, asked, foun
     assert main(["from-hf", str(source), str(tmp_path / "a"), "--float8-as", asked]) == 0
     up = leaves_by_path(restore_checkpoint(tmp_path / "a"))["segments.1.experts.0.up"]
     assert up.dtype == found
-    # The first MoE layer of the segment is the model's third.
+    # The segment's layers are the model's from 3 on.
     np.testing.assert_array_equal(up[1, 1], published[name].astype(found))
 
 

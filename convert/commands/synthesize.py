@@ -48,10 +48,11 @@ def _synthesize(args: argparse.Namespace) -> int:
     from glm5_jax.presets import load_preset
 
     path = Path(args.config)
-    raw = (read_config(path) if path.suffix == ".json" else load_preset(args.config)).raw
-    raw = raw | dict(args.set)
+    start = read_config(path) if path.suffix == ".json" else load_preset(args.config)
+    changes = dict(args.set)
+    raw = start.raw | changes
     for key in parse_config(raw).unknown_keys:
-        if key in dict(args.set):
+        if key in changes:  # those of a file are left alone
             raise InputError(f"--set {key!r:.80}: the model has no such key")
     num_bytes = synthesize(
         args.destination,
