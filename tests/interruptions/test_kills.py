@@ -35,7 +35,7 @@ def test_a_run_that_is_killed_twenty_times_ends_as_if_it_had_not_been(workplace,
         return process
 
     whole = started("whole")
-    whole.join(600)
+    whole.join(200)
     assert whole.exitcode == 0
     chance, metrics = random.Random(0), tmp_path / "killed" / "metrics.jsonl"
     for _ in range(20):
@@ -48,7 +48,7 @@ def test_a_run_that_is_killed_twenty_times_ends_as_if_it_had_not_been(workplace,
         process.join()
         assert process.exitcode == -signal.SIGKILL
     last = started("killed")
-    last.join(600)
+    last.join(200)
     assert last.exitcode == 0
     assert_same_end(tmp_path / "killed", tmp_path / "whole", step=140)
     assert not list((tmp_path / "killed").glob(".*partial*"))
