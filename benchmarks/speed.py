@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import ours, peer
-from benchmarks.agreement import agrees, gap, likelihoods
+from benchmarks.agreement import judged
 from benchmarks.arguments import MISSED, add_cores, parser, run
 from benchmarks.contest import Failed, Result, contender, take_turns
 from benchmarks.output import RESULTS, commit, describe_machine, own_command, write_results
@@ -83,20 +83,6 @@ def fastest_setting(work: Work, settings: list[Setting], cores: int) -> list[Set
     )
 
 
-def gaps(
-    work: Work, ours: np.ndarray, theirs: np.ndarray, expected: np.ndarray
-) -> tuple[float, float]:
-    """How far off our outputs are, and transformers'.
-
-    Of decoding the engine tells of some tokens only, those that it finds the likeliest, which may
-    let ours look worse than it is.
-    """
-    if work.kind == "decode":
-        tokens_BM, ours = ours[..., 0].astype(int), ours[..., 1]
-        theirs, expected = likelihoods(theirs, tokens_BM), likelihoods(expected, tokens_BM)
-    return gap(ours, expected), gap(theirs, expected)
-
-
 def measure(row: Row, setting: Setting, cores: int) -> dict[str, Any]:
     """One line of the table."""
     work, where = row.work, checkpoint(row.work.preset)
@@ -107,11 +93,13 @@ def measure(row: Row, setting: Setting, cores: int) -> dict[str, Any]:
         cores,
         huge_pages=work.trains,
     )
-    plain, exact = setting._replace(compiled=False), work._replace(dtype="float32")
-    with contender(peer.make, where, exact, plain, True, cores=cores) as each:
-        expected = each.output
     mine, theirs = results["ours"], results["theirs"]
-    our_gap, their_gap = gaps(work, mine.output, theirs.output, expected)
+
+    def expected(dtype: str) -> np.ndarray:
+        exact, plain = work._replace(dtype=dtype), setting._replace(compiled=False)
+        with contender(peer.make, where, exact, plain, True, cores=cores) as each:
+            return each.output
+
     laps = list(zip(theirs.laps, mine.laps, strict=True))  # each two side by side
     return {
         **work._asdict(),
@@ -121,9 +109,7 @@ def measure(row: Row, setting: Setting, cores: int) -> dict[str, Any]:
         "goal": row.goal,
         "times": statistics.median(they.seconds / we.seconds for they, we in laps),
         "times_by_cpu": statistics.median(they.cpu_seconds / we.cpu_seconds for they, we in laps),
-        "gap": our_gap,
-        "gap_of_theirs": their_gap,
-        "agrees": agrees(work.dtype, our_gap, their_gap),
+        **judged(work, mine.output, theirs.output, expected),
         "ours": _described(mine, work),
         "theirs": _described(theirs, work),
     }
@@ -148,9 +134,17 @@ def line(row: dict[str, Any]) -> str:
         f"| {theirs['tokens_per_second']:,.1f} | {mine['tokens_per_second']:,.1f} "
         f"| {row['times']:.3g} | {row['goal']:g} | {row['times_by_cpu']:.3g} "
         f"| {theirs['spread']:.2f}, {mine['spread']:.2f} "
-        f"| {row['gap_of_theirs']:.1e}, {row['gap']:.1e}{'' if row['agrees'] else ' (wrong)'} "
+        f"| {_shown_gaps(row)} "
         f"| {Setting(**row['setting'])} | {row['commit']} |"
     )
+
+
+def _shown_gaps(row: dict[str, Any]) -> str:
+    text = f"{row['gap_of_theirs']:.1e}, {row['gap']:.1e}"
+    if "gaps_from_float64" in row:
+        ours, theirs = row["gaps_from_float64"]
+        text += f" (from float64 {theirs:.1e}, {ours:.1e})"
+    return text if row["agrees"] else f"{text} (wrong)"
 
 
 HEAD = [

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from benchmarks import plans, processors, readme, speed
-from benchmarks.agreement import agrees
+from benchmarks.agreement import gaps, judged
 from benchmarks.arguments import run
 from benchmarks.contest import Failed, Program, contender, take_turns
 from benchmarks.output import RESULTS, describe_machine, own_command
-from benchmarks.speed import gaps
 from benchmarks.workload import Work, checkpoint
 
 
@@ -157,19 +156,52 @@ def test_a_difference_between_likelihoods_is_seen():
     assert gaps(work, told, logits + 1, logits) == pytest.approx((off, 0), rel=1e-5, abs=1e-7)
 
 
+def one_row(value):
+    """Of one position, whose largest output is 1."""
+    return np.array([[[1, value]]], np.float32)
+
+
 @pytest.mark.parametrize(
-    ("dtype", "ours", "theirs", "agreed"),
+    ("ours", "theirs", "agrees"),
+    [(0.01, 0, True), (0.2, 0.15, True), (0.3, 0.15, False), (np.nan, 0, False)],
+)
+def test_bfloat16_may_be_as_far_off_as_transformers(ours, theirs, agrees):
+    work = Work("prefill", "demo", "bfloat16", 1, 60)
+    found = judged(work, one_row(ours), one_row(theirs), {"float32": one_row(0)}.__getitem__)
+    assert found["agrees"] == agrees
+    assert found["gap"] == pytest.approx(ours, nan_ok=True)
+    assert found["gap_of_theirs"] == pytest.approx(theirs)
+
+
+@pytest.mark.parametrize(
+    ("ours", "in_float32", "in_float64", "agrees"),
     [
-        ("float32", 1e-6, 0.0, True),
-        ("float32", 0.03, 0.1, False),
-        ("float32", np.nan, 0.0, False),
-        ("bfloat16", 0.01, 0.0, True),
-        ("bfloat16", 0.2, 0.15, True),
-        ("bfloat16", 0.3, 0.15, False),
+        (1e-6, 0, None, True),  # near: float64 is not asked for
+        (0.06, 0.01, 0.03, True),  # off by 0.03, transformers by 0.02
+        (0.07, 0.01, 0.03, False),
+        (0.05, 0.01, 0.01, False),  # transformers is right
+        (0.05, 0.01, 0.05, True),  # this program is
+        (np.nan, 0, 0.5, False),
     ],
 )
-def test_bfloat16_may_be_as_far_off_as_transformers(dtype, ours, theirs, agreed):
-    assert agrees(dtype, ours, theirs) == agreed
+def test_float32_is_near_or_as_near_to_float64_as_transformers(
+    ours, in_float32, in_float64, agrees
+):
+    work = Work("prefill", "demo", "float32", 1, 60)
+    expected = {"float32": one_row(in_float32)}
+    if in_float64 is not None:
+        expected["float64"] = one_row(in_float64)
+    theirs = one_row(0.9)  # as fast as it can be, which is not what this program is judged by
+    found = judged(work, one_row(ours), theirs, expected.__getitem__)
+    assert found["agrees"] == agrees
+    assert ("gaps_from_float64" in found) == (in_float64 is not None)
+
+
+def test_a_row_tells_by_what_it_was_judged():
+    row = json.loads((RESULTS / "speed.json").read_text())["rows"][0]
+    row |= {"gap": 0.03, "gap_of_theirs": 0.1, "agrees": True, "gaps_from_float64": (0.02, 0.01)}
+    assert "| 1.0e-01, 3.0e-02 (from float64 1.0e-02, 2.0e-02) |" in speed.line(row)
+    assert "2.0e-02) (wrong) |" in speed.line(row | {"agrees": False})
 
 
 def test_the_readme_has_the_tables_that_were_measured():
