@@ -7,6 +7,8 @@ EXTRAS ?= dev,parity
 BIN := .venv/bin
 # After a benchmark: a goal that is missed is told of, and ends nothing.
 OR_MISSED := || [ $$? = 3 ]
+# Where bench-full writes; another machine needs another, as benchmarks/results/NAME.
+RESULTS ?= benchmarks/results
 comma := ,
 # What is installed, extras joined by hyphens; the planner's benchmarks need libtpu, too.
 DEV := .venv/.dev-$(subst $(comma),-,$(EXTRAS))
@@ -23,7 +25,7 @@ help:
 	@echo "make test-quick  tests only, without those marked slow"
 	@echo "make mutants     show that known bugs, put in on purpose, fail tests"
 	@echo "make bench       speed beside transformers, start-up, rooflines: the rows that take minutes"
-	@echo "make bench-full  all rows, written to benchmarks/results and the README (hours)"
+	@echo "make bench-full  all rows, written to RESULTS=benchmarks/results and the README (hours)"
 	@echo "make format      format the code"
 	@echo "make clean       remove .venv and build"
 
@@ -61,17 +63,17 @@ bench: $(DEV)
 	$(BIN)/python -m benchmarks.startup $(OR_MISSED)
 	$(BIN)/python -m benchmarks.roofline machine
 
+# Not benchmarks.training_step, which needs an environment with MaxText.
 bench-full: $(DEV_AND_TPU)
-	$(BIN)/python -m benchmarks.speed --full --results benchmarks/results $(OR_MISSED)
-	$(BIN)/python -m benchmarks.training_step --results benchmarks/results $(OR_MISSED)
-	$(BIN)/python -m benchmarks.rounding --results benchmarks/results
-	$(BIN)/python -m benchmarks.memory --results benchmarks/results $(OR_MISSED)
-	$(BIN)/python -m benchmarks.startup --results benchmarks/results $(OR_MISSED)
-	$(BIN)/python -m benchmarks.decode --results benchmarks/results $(OR_MISSED)
-	$(BIN)/python -m benchmarks.compile_time --results benchmarks/results $(OR_MISSED)
-	$(BIN)/python -m benchmarks.roofline machine --results benchmarks/results
-	$(BIN)/python -m benchmarks.roofline chips --results benchmarks/results
-	$(BIN)/python -m benchmarks.claims --results benchmarks/results
+	$(BIN)/python -m benchmarks.speed --full --results $(RESULTS) $(OR_MISSED)
+	$(BIN)/python -m benchmarks.rounding --results $(RESULTS)
+	$(BIN)/python -m benchmarks.memory --results $(RESULTS) $(OR_MISSED)
+	$(BIN)/python -m benchmarks.startup --results $(RESULTS) $(OR_MISSED)
+	$(BIN)/python -m benchmarks.decode --results $(RESULTS) $(OR_MISSED)
+	$(BIN)/python -m benchmarks.compile_time --results $(RESULTS) $(OR_MISSED)
+	$(BIN)/python -m benchmarks.roofline machine --results $(RESULTS)
+	$(BIN)/python -m benchmarks.roofline chips --results $(RESULTS)
+	$(BIN)/python -m benchmarks.claims --results $(RESULTS)
 	$(BIN)/python -m benchmarks.processors
 	$(BIN)/python -m benchmarks.readme
 

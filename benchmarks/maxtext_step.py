@@ -19,7 +19,8 @@ from benchmarks.contest import Program
 from glm5_jax.config import Config
 
 # Its experts as ragged products, its default, or all experts of every token; its indexers may
-# select a little more than they should; and it may recompute less than whole layers.
+# select a little more than they should; and it may recompute less than whole layers, or, of layers
+# that are not scanned, nothing.
 _DENSE = {"sparse_matmul": False}
 _INEXACT = _DENSE | {"indexer_mask_exact_topk": False}
 SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
@@ -27,6 +28,8 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("MaxText, all experts", "layers"): _DENSE,
     ("MaxText, all experts, inexact selection", "layers"): _INEXACT,
     ("MaxText, all experts, inexact selection", "little"): _INEXACT | {"remat_policy": "minimal"},
+    ("MaxText, all experts, inexact selection", "none"): _INEXACT
+    | {"remat_policy": "none", "scan_layers": False},
 }
 
 

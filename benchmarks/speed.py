@@ -20,6 +20,7 @@ from benchmarks.output import RESULTS, commit, describe_machine, own_command, wr
 from benchmarks.peer import Setting
 from benchmarks.workload import Work, checkpoint
 from glm5_jax.errors import InputError
+from glm5_jax.strict_json import read_json
 
 _ROUNDS, _LAP_SECONDS = 5, 2.0
 # Settings that take this many times as long as the best are not tried on longer rows.
@@ -85,7 +86,7 @@ def fastest_setting(work: Work, settings: list[Setting], cores: int) -> list[Set
 
 def measure(row: Row, setting: Setting, cores: int) -> dict[str, Any]:
     """One line of the table."""
-    work, where = row.work, checkpoint(row.work.preset)
+    work, where, at = row.work, checkpoint(row.work.preset), commit()
     results = take_turns(
         {"theirs": (peer.make, where, work, setting), "ours": (ours.make, where, work)},
         _ROUNDS,
@@ -96,7 +97,9 @@ def measure(row: Row, setting: Setting, cores: int) -> dict[str, Any]:
     mine, theirs = results["ours"], results["theirs"]
 
     def expected(dtype: str) -> np.ndarray:
-        exact, plain = work._replace(dtype=dtype), setting._replace(compiled=False)
+        # Its grouped_mm has no float64.
+        plain = Setting() if dtype == "float64" else setting._replace(compiled=False)
+        exact = work._replace(dtype=dtype)
         with contender(peer.make, where, exact, plain, True, cores=cores) as each:
             return each.output
 
@@ -104,7 +107,7 @@ def measure(row: Row, setting: Setting, cores: int) -> dict[str, Any]:
     return {
         **work._asdict(),
         "cores": cores,
-        "commit": commit(),
+        "commit": at,
         "setting": setting._asdict(),
         "goal": row.goal,
         "times": statistics.median(they.seconds / we.seconds for they, we in laps),
@@ -185,8 +188,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = command_line.parse_args(arguments)
     rows = chosen_rows(args.only, args.full)
     known = json.loads((RESULTS / "speed.json").read_text())["rows"]
-    settings = {Work.of(row): Setting(**row["setting"]) for row in known}
-    before = _measured_here(args.results) if args.results else {}
+    before = _measured_here(args.results, args.cores) if args.results else {}
+    settings = {Work.of(row): Setting(**row["setting"]) for row in (*known, *before.values())}
     useful: dict[tuple[str, str, int], list[Setting]] = {}
     print("\n".join(HEAD), flush=True)
     measured: dict[Work, dict[str, Any]] = {}
@@ -219,21 +222,30 @@ def main(arguments: list[str] | None = None) -> int:
     return MISSED if any(each["times"] < each["goal"] for each in measured.values()) else 0
 
 
-def _measured_here(folder: Path) -> dict[Work, dict[str, Any]]:
-    """The rows in a folder that were measured on a machine like this one, with its versions."""
+def _measured_here(folder: Path, cores: int) -> dict[Work, dict[str, Any]]:
+    """The rows in a folder.
+
+    Raises:
+      InputError: they were measured on another machine, with other versions or other cores, so
+        that new ones would be of no use beside them.
+    """
     path = folder / "speed.json"
     if not path.exists():
         return {}
-    report = json.loads(path.read_text())
+    report = read_json(path)
     before, now = report["machine"], describe_machine(*_PACKAGES)
-    others = sorted(key for key in now if key != "commit" and before.get(key) != now[key])
-    if others:
-        print(f"{path}: rows measured with another {others[0]} are dropped", file=sys.stderr)
-        return {}
-    rows = [row for row in report["rows"] if "agrees" in row]
-    if len(rows) < len(report["rows"]):
-        print(f"{path}: rows of an earlier version of this benchmark are dropped", file=sys.stderr)
-    return {Work.of(row): row for row in rows}
+    for name in sorted(now.keys() - {"commit"}):
+        if before.get(name) != now[name]:
+            raise InputError(
+                f"{path}: was measured with {name} {before.get(name)}, here it is {now[name]}; "
+                "expected another --results, or no such file, to measure anew"
+            )
+    for row in report["rows"]:
+        if row["cores"] != cores:
+            raise InputError(
+                f"{path}: was measured with --cores {row['cores']}, expected the same, not {cores}"
+            )
+    return {Work.of(row): row for row in report["rows"]}
 
 
 def _write(folder: Path, measured: dict[Work, dict[str, Any]]) -> None:

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import plans, processors, readme, speed
+from benchmarks import agreement, contest, plans, processors, readme, speed
 from benchmarks.agreement import gaps, judged
 from benchmarks.arguments import run
 from benchmarks.contest import Failed, Program, contender, take_turns
 from benchmarks.output import RESULTS, describe_machine, own_command
+from benchmarks.peer import Setting
 from benchmarks.workload import Work, checkpoint
+from glm5_jax.errors import InputError
 
 
 def squares(length):
@@ -24,9 +26,11 @@ def cores():
     return Program(list, lambda: np.array(len(os.sched_getaffinity(0))))
 
 
-def platform():
-    names = ("JAX_PLATFORMS", "XLA_FLAGS")
-    return Program(list, lambda: np.array([os.environ.get(name, "") for name in names]))
+def settings_of_jax():
+    import jax
+
+    wide, platforms = jax.config.jax_enable_x64, jax.config.jax_platforms
+    return Program(list, lambda: np.array([platforms, str(wide), os.environ.get("XLA_FLAGS", "")]))
 
 
 def large(num_bytes):
@@ -57,6 +61,12 @@ def forgetful():
     return Program(run, lambda: np.zeros(1))
 
 
+def slow_at_first():
+    """As a program that compiles once more after its output."""
+    times = iter([0.5])
+    return Program(lambda: time.sleep(next(times, 0.001)), lambda: np.zeros(1))
+
+
 def broken():
     raise ValueError("no such program")
 
@@ -78,6 +88,12 @@ def test_the_first_run_of_a_turn_is_not_counted():
         assert all(lap.seconds < 0.1 for lap in each.laps)
 
 
+def test_what_a_program_compiles_late_does_not_make_its_runs_long(monkeypatch):
+    monkeypatch.setattr(contest, "_LONG_SECONDS", 0.2)
+    found = take_turns({"one": (slow_at_first,)}, rounds=4, lap_seconds=0.02)
+    assert len(found["one"].laps) == 4
+
+
 def test_a_program_may_be_given_fewer_cores():
     with contender(cores, cores=1) as one:
         assert one.output == 1
@@ -85,9 +101,10 @@ def test_a_program_may_be_given_fewer_cores():
 
 def test_a_program_has_its_own_settings_of_jax(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
     monkeypatch.setenv("XLA_FLAGS", "--anything")
-    with contender(platform) as one:
-        assert one.output.tolist() == ["cpu", ""]
+    with contender(settings_of_jax) as one:
+        assert one.output.tolist() == ["cpu", "False", ""]
 
 
 def test_the_peak_is_that_of_one_run():
@@ -252,28 +269,81 @@ def test_a_row_that_fails_does_not_end_the_others(monkeypatch, capsys):
         raise Failed("out of memory")
 
     monkeypatch.setattr(speed, "measure", fail)
-    monkeypatch.setattr(speed, "fastest_setting", lambda *_: [speed.Setting()])
+    monkeypatch.setattr(speed, "fastest_setting", lambda *_: [Setting()])
     assert speed.main(["--only", "prefill float32"]) == 1
     assert len(tried) == 4 and "prefill float32 1 512: out of memory" in capsys.readouterr().err
 
 
-def test_rows_of_another_machine_are_not_mixed_in(tmp_path, capsys):
-    report = json.loads((RESULTS / "speed.json").read_text())
-    report["machine"]["processor"] = "abacus"
-    (tmp_path / "speed.json").write_text(json.dumps(report))
-    assert speed._measured_here(tmp_path) == {}
-    assert "another" in capsys.readouterr().err
+@pytest.fixture
+def earlier(tmp_path):
+    """Writes rows as if they were measured here, but for some facts; returns the file."""
+
+    def write(cores=1, **machine):
+        row = {**Work("prefill", "bench", "float32", 1, 512)._asdict(), "cores": cores}
+        row["setting"] = Setting("sdpa")._asdict()
+        report = {"machine": describe_machine(*speed._PACKAGES) | machine, "rows": [row]}
+        (tmp_path / "speed.json").write_text(json.dumps(report))
+        return tmp_path / "speed.json"
+
+    return write
 
 
-def test_rows_of_an_earlier_version_are_dropped(tmp_path, capsys):
-    rows = [{**Work("prefill", "bench", "float32", 1, length)._asdict()} for length in (1, 2)]
-    report = {
-        "machine": describe_machine(*speed._PACKAGES),
-        "rows": [{**rows[0], "agrees": True}, rows[1]],
-    }
-    (tmp_path / "speed.json").write_text(json.dumps(report))
-    assert [work.length for work in speed._measured_here(tmp_path)] == [1]
-    assert "an earlier version" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("different", "why"),
+    [
+        ({"processor": "abacus"}, "was measured with processor abacus, here it is"),
+        ({"torch": "1.0"}, "was measured with torch 1.0, here it is"),
+        ({"cores": 3}, "was measured with --cores 3, expected the same, not 1"),
+        (None, "speed.json: not valid JSON"),
+    ],
+)
+def test_rows_that_cannot_stand_beside_new_ones_are_kept(earlier, different, why, monkeypatch):
+    path = earlier(**(different or {}))
+    if different is None:
+        path.write_text('{"rows": [')
+    before = path.read_text()
+    monkeypatch.setattr(speed, "measure", None)  # not to be called
+    with pytest.raises(InputError, match=why):
+        speed.main(["--cores", "1", "--only", "prefill", "--results", str(path.parent)])
+    assert path.read_text() == before
+
+
+def test_a_row_has_the_setting_that_it_had_in_the_same_folder(earlier, monkeypatch):
+    tried = []
+
+    def fail(row, setting, cores):
+        tried.append(setting)
+        raise Failed("enough")
+
+    monkeypatch.setattr(speed, "measure", fail)
+    folder = str(earlier().parent)
+    only = ["--cores", "1", "--only", "prefill float32 1 512"]
+    assert speed.main([*only, "--results", folder]) == speed.main(only) == 1
+    known = json.loads((RESULTS / "speed.json").read_text())["rows"][0]
+    assert tried == [Setting("sdpa"), Setting(**known["setting"])] and tried[0] != tried[1]
+
+
+@pytest.mark.slow
+def test_float64_is_had_of_a_row_whose_setting_has_none(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(agreement, "_CLOSE", -1)
+    monkeypatch.setattr(speed, "_LAP_SECONDS", 0.1)
+    row = speed.Row(Work("prefill", "demo", "float32", 1, 300), goal=1)
+    found = speed.measure(row, Setting("eager", "grouped_mm"), cores=1)
+    assert all(0 < gap < 0.5 for gap in found["gaps_from_float64"])
+
+
+def test_without_float64_a_row_is_wrong_and_not_lost(capsys):
+    def expected(dtype):
+        if dtype == "float64":
+            raise Failed("out of memory")
+        return one_row(0)
+
+    work = Work("prefill", "demo", "float32", 1, 60)
+    found = judged(work, one_row(0.1), one_row(0), expected)
+    assert not found["agrees"] and found["gap"] == pytest.approx(0.1)
+    assert "float64: out of memory" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_preset_is_made_anew(tmp_path):

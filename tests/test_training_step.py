@@ -8,6 +8,7 @@ from benchmarks import maxtext_step, training_step
 from benchmarks.arguments import run
 from benchmarks.contest import Lap, Result
 from glm5_jax.config_json import parse_config
+from glm5_jax.errors import InputError
 from tests.tiny import TINY
 
 CONFIG = parse_config(
@@ -57,6 +58,16 @@ def test_maxtext_is_compared_with_at_its_fastest(turns, slow, status, capsys):
     turns[0].update({"inexact": slow, "MaxText": 99.0})
     assert training_step.main(["--maxtext"]) == status
     assert f"fastest: {slow / 4:.1f} (goal 4)" in capsys.readouterr().out
+
+
+def test_maxtexts_rows_are_not_lost_by_a_run_without_it(turns, tmp_path):
+    turns[0]["MaxText"] = 99.0
+    folder = ["--results", str(tmp_path)]
+    assert training_step.main(["--maxtext", *folder]) == 0
+    before = (tmp_path / "training_step.json").read_text()
+    with pytest.raises(InputError, match="MaxText's rows there would be lost, expected --maxtext"):
+        training_step.main(folder)
+    assert (tmp_path / "training_step.json").read_text() == before
 
 
 @pytest.mark.parametrize(
