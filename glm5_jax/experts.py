@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from glm5_jax.bits import from_bits
-from glm5_jax.collectives import alike
+from glm5_jax.bits import as_bits, from_bits
+from glm5_jax.collectives import alike, platform
 from glm5_jax.config import Config
 from glm5_jax.dispatch import Dispatch, dispatch
 from glm5_jax.linear import project_f32
@@ -87,6 +87,15 @@ def weighted_experts(
     return y_TD, experts._replace(taught=taught)
 
 
+def _indexable(experts: Experts) -> Experts:
+    """Experts as a loop can index them: on a CPU the bits of small floats (`bits.as_bits`)."""
+    if platform() != "cpu":
+        return experts
+    return jax.tree.map(
+        lambda w: w if is_quantized(w) else as_bits(w), experts, is_leaf=is_quantized
+    )
+
+
 def _one_expert(experts: Experts, index: jax.Array, dtype: jnp.dtype) -> Experts:
     """The weights of one expert, without the leading axis."""
 
@@ -151,9 +160,11 @@ def _block(plan: Dispatch, number: jax.Array, first: jax.Array) -> _Block:
 def _weighted_experts(
     experts: ExpertList, x_TD: jax.Array, gate_TK: jax.Array, plan: Dispatch
 ) -> tuple[jax.Array, Experts | None]:
+    weights = _indexable(experts.weights)
+
     def add_block(number: jax.Array, y_TD: jax.Array) -> jax.Array:
         block = _block(plan, number, experts.first)
-        expert = _one_expert(experts.weights, block.expert, x_TD.dtype)
+        expert = _one_expert(weights, block.expert, x_TD.dtype)
         by_row = (block.rows_of(x_TD), block.gates_of(gate_TK))
         apply = functools.partial(_apply_one, expert)
         y_MD = block.of_used(len(x_TD), apply, by_row, keeps_rows=True)
@@ -192,13 +203,14 @@ def _backward(
     experts, x_TD, gate_TK, plan = saved
     dy_TD, d_taught = given
     dy_TD = dy_TD.astype(jnp.float32)
+    weights = _indexable(experts.weights)
 
     Carry = tuple[Experts | None, jax.Array, jax.Array]
 
     def add_block(number: jax.Array, carry: Carry) -> Carry:
         d_taught, dx_TD, dgate_TK = carry
         block = _block(plan, number, experts.first)
-        expert = _one_expert(experts.weights, block.expert, x_TD.dtype)
+        expert = _one_expert(weights, block.expert, x_TD.dtype)
 
         def pull_back(x_MD: jax.Array, gate_M: jax.Array, dy_MD: jax.Array) -> Any:
             return jax.vjp(_apply_one, expert, x_MD, gate_M)[1](dy_MD)

@@ -9,7 +9,8 @@ from glm5_jax.collectives import standing_in_for
 from glm5_jax.dispatch import dispatch
 from glm5_jax.exchange import apply_experts as apply
 from glm5_jax.experts import ExpertList, Experts
-from glm5_jax.params import initialize
+from glm5_jax.params import abstract, initialize
+from glm5_jax.presets import load_preset
 from tests.tiny import TINY, tiny_config
 
 CONFIG = tiny_config(TINY)
@@ -164,3 +165,23 @@ def test_bfloat16_is_summed_in_float32():
     # one rounding of the hidden state and one of the result, each of 8 bits
     scale = float(jnp.max(jnp.abs(expected)))
     np.testing.assert_allclose(actual.astype(jnp.float32), expected, atol=scale * 2**-7)
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_bfloat16_experts_are_widened_one_by_one(with_gradient, blocks_of):
+    """XLA's CPU backend would widen all of them, and then copy one."""
+    if blocks_of != "cpu":
+        pytest.skip("of a CPU")
+    experts = abstract(Experts(load_preset("bench").config), jnp.bfloat16)
+    num_experts, _, dim = experts.gate.shape
+
+    def output(x, experts, chosen, gates):
+        held = ExpertList(experts, jnp.int32(0), taught=None)
+        return jnp.sum(apply(held, x, chosen, gates, num_experts=num_experts)[0])
+
+    arrays = [((1, 8, dim), jnp.bfloat16), ((1, 8, 4), jnp.int32), ((1, 8, 4), jnp.float32)]
+    x, chosen, gates = (jax.ShapeDtypeStruct(*each) for each in arrays)
+    function = jax.grad(output) if with_gradient else output
+    lowered = jax.jit(function).lower(x, experts, chosen, gates)
+    size = sum(2 * leaf.size for leaf in jax.tree.leaves(experts))
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < size / 2
