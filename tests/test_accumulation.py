@@ -14,7 +14,8 @@ from glm5_jax.model import forward
 from glm5_jax.moe import Routing
 from glm5_jax.places import Places
 from glm5_jax.sharding import TRAIN, Partition
-from tests.test_sharded import CONFIG
+from tests.test_sharded import RAW
+from tests.tiny import tiny_config
 from train.balance import imbalance
 from train.optimizer import make_recipe
 from train.settings import Settings
@@ -23,6 +24,14 @@ from train.step import make_step
 
 pytestmark = pytest.mark.standard_promotion  # the schedules of optax mix dtypes
 
+CONFIG = tiny_config(
+    RAW
+    | {
+        "num_hidden_layers": 3,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "indexer_types": ["full", "shared", "shared"],
+    }
+)
 SETTINGS = Settings(mtp_depth=2, balance_weight=1e-2, z_weight=1e-3, balance_rate=1e-3)
 TOKENS = np.random.default_rng(0).integers(2, CONFIG.vocab_size, (8, 20)).astype(np.int32)
 # Documents of all lengths, and padding that differs from row to row.
@@ -42,9 +51,13 @@ def recipe():
     return make_recipe(CONFIG, SETTINGS)._replace(optimizer=optax.sgd(1.0))
 
 
-@functools.cache
 def updated(tokens, shape=(1, 1, 1), microbatches=1, dtype="float32"):
     """The state before a step and after it, and its metrics."""
+    return _updated(tokens, shape, microbatches, dtype)
+
+
+@functools.cache
+def _updated(tokens, shape, microbatches, dtype):
     devices = jax.devices()[: int(np.prod(shape))]
     mesh = make_mesh(dict(zip(MESH_AXES, shape, strict=True)), devices)
     partition = Partition(mesh, TRAIN)
@@ -84,7 +97,7 @@ def assert_same_update(actual, expected):
         )
 
 
-@pytest.mark.parametrize("microbatches", [2, 4, 8])
+@pytest.mark.parametrize("microbatches", [4, 8])
 def test_microbatches_add_up_to_the_batch(microbatches):
     """Though each has its own number of tokens, documents and padding."""
     assert_same_update(updated("packed", microbatches=microbatches), updated("packed"))
@@ -96,7 +109,7 @@ def test_eight_devices_update_as_one_does(shape):
 
 
 def test_devices_accumulate_too():
-    assert_same_update(updated("packed", (2, 2, 1), 2), updated("packed"))
+    assert_same_update(updated("packed", (2, 2, 2), 2), updated("packed"))
 
 
 def test_documents_packed_into_rows_update_as_apart():
@@ -115,7 +128,7 @@ def test_steps_in_bfloat16_keep_weights_and_direction():
     np.testing.assert_allclose(metrics.losses.next_token, exact.losses.next_token, rtol=0.01)
 
 
-@pytest.mark.parametrize(("shape", "microbatches"), [((1, 1, 1), 4), ((4, 1, 2), 2)])
+@pytest.mark.parametrize(("shape", "microbatches"), [((1, 1, 1), 4), ((2, 2, 2), 2)])
 def test_router_biases_move_by_the_counts_of_the_whole_batch(shape, microbatches):
     before, after, _ = updated("packed", shape, microbatches)
     moved = {path: after[path] - before[path] for path in before if path.endswith("router.bias")}
@@ -129,14 +142,14 @@ def test_router_biases_move_by_the_counts_of_the_whole_batch(shape, microbatches
     assert checked == sum(kind.mlp == "moe" for kind in CONFIG.layers)
 
 
+@jax.jit
+def observed(params):
+    model, places = assemble(CONFIG, params), Places.packed(SEGMENTS)
+    return forward(model, TOKENS, places, observe=lambda report: report.routing).observed
+
+
 def chosen_experts(params):
     """The experts of each token of the batch, by the path of their router's bias."""
-
-    @jax.jit
-    def observed(params):
-        model, places = assemble(CONFIG, params), Places.packed(SEGMENTS)
-        return forward(model, TOKENS, places, observe=lambda report: report.routing).observed
-
     return {
         f"segments.{number}.layers.{slot}.mlp.router.bias": np.asarray(routing.expert_BTK)
         for number, segment in enumerate(observed(params))

@@ -47,6 +47,7 @@ def way(request, monkeypatch):
             exchange, "_bring", lambda own, num, axes: exchange.bring_chosen(own, num, axes)
         )
         monkeypatch.setattr(exchange, "_take_back", exchange.take_back_chosen)
+    return request.param
 
 
 def choices(kind):
@@ -70,34 +71,51 @@ def values_and_gradients(experts, x, chosen, gates, weights, axes=()):
     return gradient(experts, x, gates)
 
 
-@pytest.mark.parametrize("kind", ["even", "uneven", "all on one device"])
-@pytest.mark.parametrize(
-    ("shape", "rules"),
-    [((1, 8, 1), DECODE), ((2, 4, 1), DECODE), ((2, 4, 1), TRAIN), ((1, 4, 2), DECODE)],
-    ids=["8", "2x4", "4 with replicas", "4 of 8"],
-)
-def test_outputs_and_gradients_are_those_of_one_device(way, shape, rules, kind):
+# Shapes of meshes, by name, and whose rules they have.
+MESHES = {
+    "8": ((1, 8, 1), DECODE),
+    "2x4": ((2, 4, 1), DECODE),
+    "4 with replicas": ((2, 4, 1), TRAIN),
+    "4 of 8": ((1, 4, 2), DECODE),
+}
+
+
+@functools.cache
+def on_one_device(way):
+    return jax.jit(functools.partial(values_and_gradients, axes=()))
+
+
+@functools.cache
+def on_mesh(way, name):
+    """A partition, and what devices compute together on it; traced in that way."""
+    shape, rules = MESHES[name]
     rules = rules._replace(axes={**rules.axes, "embed": (), "ffn": ()}, stored=frozenset())
     part = Partition(make_mesh(dict(zip(MESH_AXES, shape, strict=True))), rules)
     axes = rules.axes["experts"]
     assert axes in (BATCH, (EXPERT,)) and (DATA in axes) == (rules.axes["experts"] == BATCH)
-    keys = jax.random.split(jax.random.key(0), 4)
-    experts = initialize(BLUEPRINT, keys[0], std=0.2)
-    chosen = choices(kind)
-    x, weights = (jax.random.normal(key, (*chosen.shape[:2], D)) for key in keys[1:3])
-    gates = jax.random.normal(keys[3], chosen.shape)
-    expected = values_and_gradients(experts, x, chosen, gates, weights, ())
-
-    specs = part.specs(BLUEPRINT)
-    rows = P(BATCH)
+    specs, rows = part.specs(BLUEPRINT), P(BATCH)
     compute = part.on_shards(
         functools.partial(values_and_gradients, axes=axes),
         (specs, rows, rows, rows, rows),
         ((specs, rows, rows), rows),
     )
-    actual = jax.jit(compute)(
+    return part, jax.jit(compute)
+
+
+@pytest.mark.parametrize("kind", ["even", "uneven", "all on one device"])
+@pytest.mark.parametrize("name", MESHES)
+def test_outputs_and_gradients_are_those_of_one_device(way, name, kind):
+    keys = jax.random.split(jax.random.key(0), 4)
+    experts = initialize(BLUEPRINT, keys[0], std=0.2)
+    chosen = choices(kind)
+    x, weights = (jax.random.normal(key, (*chosen.shape[:2], D)) for key in keys[1:3])
+    gates = jax.random.normal(keys[3], chosen.shape)
+    expected = on_one_device(way)(experts, x, chosen, gates, weights)
+
+    part, compute = on_mesh(way, name)
+    actual = compute(
         part.place(experts, BLUEPRINT),
-        *(put(np.asarray(each), part.mesh, rows) for each in (x, chosen, gates, weights)),
+        *(put(np.asarray(each), part.mesh, P(BATCH)) for each in (x, chosen, gates, weights)),
     )
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(np.max(np.abs(b))))

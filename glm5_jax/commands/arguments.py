@@ -1,6 +1,7 @@
 """Arguments that several commands take."""
 
 import argparse
+import functools
 import hashlib
 import math
 from collections.abc import Callable
@@ -109,6 +110,7 @@ def add_mesh(command: argparse.ArgumentParser) -> None:
     )
 
 
+@functools.cache  # what is compiled for a partition is not found for another that is equal
 def partition_for(config: "Config", mesh: str, job: "Job", batch: int = 0) -> "Partition":
     """The mesh that an argument names, or a sensible one, with the rules for a job on it.
 

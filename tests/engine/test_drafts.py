@@ -38,23 +38,20 @@ def test_drafts_of_a_model_that_learned_nothing_do_no_harm(shares):
 
 
 def distribution(model, prompt, num_tokens, length, temperature):
-    """The probability of every continuation, reading each from the start."""
+    """The probability of every continuation, of all of which the model reads the whole."""
+    continuations = list(itertools.product(range(num_tokens), repeat=length))
+    tokens_BT = jnp.array([[*prompt, *each] for each in continuations])
 
     @jax.jit
-    def next_token(tokens_T):
-        tokens_BT = tokens_T[None]
+    def chances(tokens_BT):
         hidden_BTD = forward(model, tokens_BT, Places.unpadded(*tokens_BT.shape)).hidden_BTD
-        scores_Z = logits(model, hidden_BTD)[0, -1, :num_tokens]
-        return jax.nn.softmax(scores_Z / temperature)
+        before = slice(len(prompt) - 1, len(prompt) - 1 + length)
+        scores_BTZ = logits(model, hidden_BTD)[:, before, :num_tokens]
+        chance_BTZ = jax.nn.softmax(scores_BTZ / temperature)
+        chosen_BT1 = tokens_BT[:, len(prompt) :, None]
+        return jnp.prod(jnp.take_along_axis(chance_BTZ, chosen_BT1, axis=-1), axis=(1, 2))
 
-    chances = {}
-    for continuation in itertools.product(range(num_tokens), repeat=length):
-        chance = 1.0
-        for place, token in enumerate(continuation):
-            before = jnp.array([*prompt, *continuation[:place]])
-            chance *= float(next_token(before)[token])
-        chances[continuation] = chance
-    return chances
+    return dict(zip(continuations, chances(tokens_BT).tolist(), strict=True))
 
 
 def test_sampled_texts_with_drafts_have_the_models_distribution():
@@ -65,7 +62,7 @@ def test_sampled_texts_with_drafts_have_the_models_distribution():
         Request(prompt=prompt, max_new_tokens=3, sampling=way, number=number)
         for number in range(count)
     ]
-    engine = Engine(model, slots=32, context=16, num_tokens=4, draft_tokens=2)
+    engine = Engine(model, slots=SLOTS, context=16, num_tokens=4, draft_tokens=2)
     found = texts(engine, requests)
     work = engine.statistics().work
     assert work.accepted_tokens > work.main_steps / 5

@@ -5,8 +5,15 @@ import json
 import pytest
 
 from tests.interruptions.runs import RAW, STAGES, command
+from tests.once import programs_made_once
 from tests.text import prepare_data
 from train.__main__ import main
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs():
+    with programs_made_once():
+        yield
 
 
 @pytest.fixture(scope="session")
