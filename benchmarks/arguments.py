@@ -18,8 +18,21 @@ def parser(description: str | None, default_repeats: int | None = None) -> Parse
     made = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     if default_repeats is not None:
         made.add_argument("--repeats", type=integer(1), default=default_repeats)
-    made.add_argument("--results", type=Path, help="folder to write JSON and Markdown to")
+    made.add_argument("--results", type=_folder, help="folder to write JSON and Markdown to")
     return made
+
+
+def _folder(text: str) -> Path:
+    """The type of an argument that is a folder, there or to be made: told of before hours of work.
+
+    Raises:
+      argparse.ArgumentTypeError: it cannot be written to.
+    """
+    folder = Path(text)
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected a folder that can be written to")
+    return folder
 
 
 def add_cores(made: Parser) -> None:

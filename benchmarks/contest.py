@@ -35,7 +35,7 @@ Maker = Callable[..., Program]
 
 # Programs of which a run takes this many seconds are run so often only, every run counted.
 _LONG_SECONDS, _FEW_ROUNDS = 20.0, 3
-# What a gradient allocates comes faster so: a sixth of its time, of transformers' 3 to 6%.
+# What a gradient allocates comes faster so, of both programs.
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 # Of the environment, what would have JAX do something else than it does by itself.
 _JAX_SETTINGS = ("XLA_FLAGS", "JAX_ENABLE_X64", "JAX_COMPILATION_CACHE_DIR")

@@ -2,10 +2,9 @@
 
 The source has the names, layers and files of GLM-5, at a width that makes it a dozen gigabytes.
 `cp` copies the same bytes before each conversion, whose source is not in the page cache either;
-converted back, every tensor is compared. Needs three times the size on the disk.
+converted back, every tensor is compared. Needs four times the size on the disk.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import arguments
 from benchmarks.output import own_command, write_results
 
 SETTINGS = {
@@ -179,13 +179,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    """Runs the benchmark and writes its results."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--work", type=Path, help="a folder on the disk to measure")
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
+def main() -> int:
+    """Measures, prints and writes."""
+    command_line = arguments.parser(__doc__, default_repeats=3)
+    command_line.add_argument("--work", type=Path, help="a folder on the disk to measure")
+    args = command_line.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work) as work:
         rows = measure(Path(work), args.repeats)
     table = [
@@ -202,10 +200,12 @@ def main() -> None:
         )
     table += ["", f"Converted back and compared: {rows[-1]['came back']}."]
     print("\n".join(table))
-    command = own_command("convert")
-    write_results(args.results, "convert", command, rows, table, "safetensors", "tensorstore")
-    draw(rows, args.results / "convert.png")
+    if args.results:
+        command = own_command("convert")
+        write_results(args.results, "convert", command, rows, table, "safetensors", "tensorstore")
+        draw(rows, args.results / "convert.png")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

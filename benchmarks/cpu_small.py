@@ -5,9 +5,9 @@
 
 import filecmp
 import shutil
-import sys
 from pathlib import Path
 
+from benchmarks.arguments import run
 from benchmarks.commands import run_command
 from benchmarks.runs import Run, Workplace, command_parser, publish, table
 
@@ -88,4 +88,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

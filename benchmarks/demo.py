@@ -4,19 +4,21 @@ Every step is one of the commands a user would type, printed before it runs. Fil
 build/demo.
 """
 
-import argparse
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.arguments import parser, run
 from benchmarks.commands import NAMES, run_command
 from benchmarks.output import describe_machine
+from glm5_jax.commands.arguments import integer
+from glm5_jax.errors import InputError
 from train.data import Data
 
+_MARK = "made-by-the-demo"  # a file in a folder that may be made anew
 PROMPTS = (
     "import os\nimport sys\n\ndef main(",
     "class Error(Exception):\n    ",
@@ -42,14 +44,17 @@ class Demo:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the demo; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("build/demo"))
-    parser.add_argument("--steps", type=int, default=500, help="of training")
-    parser.add_argument("--max-bytes", type=int, default=8_000_000, help="of text")
-    parser.add_argument("--results", type=Path, help="folder to copy the report and picture to")
-    args = parser.parse_args(arguments)
-    shutil.rmtree(args.folder, ignore_errors=True)
+    command_line = parser(__doc__)
+    command_line.add_argument("--folder", type=Path, default=Path("build/demo"))
+    command_line.add_argument("--steps", type=integer(1), default=500, help="of training")
+    command_line.add_argument("--max-bytes", type=integer(1), default=8_000_000, help="of text")
+    args = command_line.parse_args(arguments)
+    if args.folder.exists():
+        if not (args.folder / _MARK).exists():
+            raise InputError(f"{args.folder}: is not of a demo, expected a new folder")
+        shutil.rmtree(args.folder)
     args.folder.mkdir(parents=True)
+    (args.folder / _MARK).touch()
     began = time.perf_counter()
     demo = Demo(args.folder)
     trained = _train(demo, args.steps, args.max_bytes)
@@ -138,4 +143,4 @@ def _generate(demo: Demo, model: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

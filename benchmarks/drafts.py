@@ -3,10 +3,8 @@
 `python -m benchmarks.drafts --results benchmarks/results`.
 """
 
-import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import arguments
 from benchmarks.commands import add_model, prepare_for
 from benchmarks.output import own_command, write_results
 from glm5_jax.inference.engine import Engine
@@ -118,10 +117,9 @@ def measure(
 
 def main() -> int:
     """Measures, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_model(parser)
-    parser.add_argument("--results", type=Path, help="folder to write to")
-    args = parser.parse_args()
+    command_line = arguments.parser(__doc__)
+    add_model(command_line)
+    args = command_line.parse_args()
     prepare_for(args.model, args.data)
     tokenizer, engines = Tokenizer(args.model), make_engines(args.model, _DRAFTS)
     rows = []
@@ -147,4 +145,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run(main)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import run as run_main
 from benchmarks.cpu_small import FILE
 from benchmarks.runs import (
     Record,
@@ -178,4 +179,4 @@ def _draw(sparse: Run, dense: Run, stages: Sequence[Stage], names: list[str], pa
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

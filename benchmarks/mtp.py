@@ -4,12 +4,13 @@
 on, as it is when text is generated.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import run
 from benchmarks.drafts import code_prompts, make_engines, tokens_per_step
 from benchmarks.runs import SETTINGS, Workplace, command_parser, new_figure, publish, table
+from glm5_jax.commands.arguments import integer
 from glm5_jax.inference.request import Sampling
 
 _DEPTHS = (0, 1, 3)
@@ -55,7 +56,7 @@ def judge(rows: list[dict[str, Any]]) -> tuple[bool, str]:
 def main(arguments: list[str] | None = None) -> int:
     """Trains, generates, prints and writes; fails if learning further ahead gains nothing."""
     parser = command_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=150, help="of training")
+    parser.add_argument("--steps", type=integer(1), default=150, help="of training")
     args = parser.parse_args(arguments)
     place = Workplace(args.folder, args.max_bytes)
     rows = [measure(place, depth, args.steps) for depth in _DEPTHS]
@@ -93,4 +94,4 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

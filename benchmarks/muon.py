@@ -4,10 +4,10 @@
 """
 
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import run
 from benchmarks.runs import (
     SETTINGS,
     Run,
@@ -17,6 +17,7 @@ from benchmarks.runs import (
     publish,
     table,
 )
+from glm5_jax.commands.arguments import integer
 
 _NAMES = {"adamw": "AdamW", "muon": "Muon", "muon_split": "Muon Split"}
 _SPLIT = "muon_split"
@@ -74,8 +75,8 @@ def compare(best: dict[str, dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Trains, prints and writes."""
     parser = command_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=200, help="of training")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=integer(1), default=200, help="of training")
+    parser.add_argument("--seeds", type=integer(0), nargs="+", default=[0])
     parser.add_argument("--adamw-rates", type=float, nargs="+", default=[3e-3, 6e-3])
     parser.add_argument("--muon-rates", type=float, nargs="+", default=[3e-3, 1e-2])
     args = parser.parse_args(arguments)
@@ -124,4 +125,4 @@ def _draw(shown: dict[str, list[Run]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

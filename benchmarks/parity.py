@@ -5,8 +5,6 @@ scores of several tokens may all be zero, and among equal scores torch selects w
 Needs the extra `parity`.
 """
 
-import argparse
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from benchmarks.arguments import parser
+from benchmarks.arguments import run as run_main
 from benchmarks.output import own_command, write_results
+from glm5_jax.commands.arguments import integer
 from glm5_jax.load import load_model
 from glm5_jax.model import Glm5, forward, logits, predict_ahead
 from glm5_jax.places import Places
@@ -71,21 +72,21 @@ def measure(raw: dict[str, Any], seed: int) -> dict[str, float]:
     ]
     return {
         "logits": gaps[0],
-        "mtp_logits": max(gaps[1:]),
+        "mtp_logits": float(np.max(gaps[1:])),
         "size": float(np.abs(expected[0]).mean()),
     }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measures and prints; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--results", type=Path, help="folder to write parity.json and .md to")
-    args = parser.parse_args(arguments)
+    """Measures, prints and writes."""
+    command_line = parser(__doc__)
+    command_line.add_argument("--seeds", type=integer(1), default=5, help="how many models of each")
+    args = command_line.parse_args(arguments)
     rows = []
     for name, raw in CASES.items():
         measured = [measure(raw, seed) for seed in range(args.seeds)]
-        row = {key: max(one[key] for one in measured) for key in measured[0]}
+        # numpy's, which tells of a NaN.
+        row = {key: float(np.max([one[key] for one in measured])) for key in measured[0]}
         rows.append({"case": name, **row})
         print(f"{name}: {row}", flush=True)
     if args.results:
@@ -106,4 +107,4 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -3,16 +3,16 @@
 Reads the results of each, in benchmarks/results and its folders, and measures nothing.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.arguments import run
 from benchmarks.output import RESULTS
 from benchmarks.speed import ROWS
 from benchmarks.workload import Work
+from glm5_jax.console import Parser
 
 
 class Processor(NamedTuple):
@@ -71,10 +71,10 @@ def table() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Writes the table beside the results."""
-    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
+    Parser(description=__doc__).parse_args(arguments)
     (RESULTS / "processors.md").write_text(table())
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -3,9 +3,7 @@
 `python -m benchmarks.quantization --results benchmarks/results`.
 """
 
-import argparse
 import re
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import arguments
 from benchmarks.commands import add_model, prepare_for, run_command
 from benchmarks.output import own_command, write_results
 from convert.quantize import quantize
@@ -126,10 +125,9 @@ def _lines(rows: list[dict[str, Any]], errors: dict[str, dict[str, list[float]]]
 
 def main() -> int:
     """Measures, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_model(parser)
-    parser.add_argument("--results", type=Path, help="folder to write to")
-    args = parser.parse_args()
+    command_line = arguments.parser(__doc__)
+    add_model(command_line)
+    args = command_line.parse_args()
     prepare_for(args.model, args.data)
     tokens = held_out_text(args.data)
     with tempfile.TemporaryDirectory() as folder:
@@ -147,4 +145,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run(main)

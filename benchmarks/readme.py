@@ -1,9 +1,10 @@
 """Puts the tables of benchmarks/results into the README, between the marks that name them."""
 
-import argparse
 import re
-import sys
 from pathlib import Path
+
+from benchmarks.arguments import run
+from glm5_jax.console import Parser
 
 ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(
@@ -28,7 +29,7 @@ def with_tables(text: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Writes the README, if anything changed."""
-    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
+    Parser(description=__doc__).parse_args(arguments)
     path = ROOT / "README.md"
     text = path.read_text()
     if (filled := with_tables(text)) != text:
@@ -38,4 +39,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -1,6 +1,5 @@
 """Training runs that benchmarks compare: made once, and read again from their folder."""
 
-import argparse
 import dataclasses
 import json
 import platform
@@ -10,8 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import parser
 from benchmarks.commands import run_command
 from benchmarks.output import commit, own_command, write_results
+from glm5_jax.commands.arguments import integer
+from glm5_jax.console import Parser
 from train.checkpoint import path_of
 from train.metrics import METRICS_NAME, read_metrics
 
@@ -84,7 +86,10 @@ class Workplace:
     def train(self, name: str, *options: str, **settings: object) -> Run:
         """Trains the run of a name with options and settings, or goes on training it."""
         directory = self.folder / name
-        begun, before, made = time.perf_counter(), _steps(directory), Run(directory, []).made
+        begun, before = time.perf_counter(), _steps(directory)
+        if not before:  # and what was there was removed, to be trained anew
+            _made_path(directory).unlink(missing_ok=True)
+        made = Run(directory, []).made
         words = [word for key, value in settings.items() for word in (_option(key), value)]
         at = commit()
         try:
@@ -112,17 +117,14 @@ def _steps(directory: Path) -> int:
     return len(read_metrics(metrics)) if metrics.exists() else 0
 
 
-def command_parser(meaning: str | None) -> argparse.ArgumentParser:
+def command_parser(meaning: str | None) -> Parser:
     """The options that all these benchmarks have."""
-    parser = argparse.ArgumentParser(
-        description=meaning, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument(
+    made = parser(meaning)
+    made.add_argument(
         "--folder", type=Path, default=Path("build/training"), help="of runs, kept between calls"
     )
-    parser.add_argument("--max-bytes", type=int, help="of text")
-    parser.add_argument("--results", type=Path, help="folder to write to")
-    return parser
+    made.add_argument("--max-bytes", type=integer(1), help="of text")
+    return made
 
 
 def publish(

@@ -4,12 +4,11 @@ The batch stays the same, so with twice the chips each would at best do half the
 the bytes and take half the time.
 """
 
-import argparse
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import parser, run
 from benchmarks.output import own_command, write_results
 from glm5_jax.mesh import format_mesh
 from glm5_jax.model import Glm5
@@ -56,20 +55,19 @@ def to_row(job: str, chips: int, found: Plan) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Plans and prints; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", default="glm-5")
-    parser.add_argument("--chip", default="v5p", help="with three dimensions of links")
-    parser.add_argument("--jobs", nargs="+", default=list(_WORK), choices=list(_WORK))
-    parser.add_argument(
+    """Plans, prints and writes."""
+    command_line = parser(__doc__)
+    command_line.add_argument("--preset", default="glm-5")
+    command_line.add_argument("--chip", default="v5p", help="with three dimensions of links")
+    command_line.add_argument("--jobs", nargs="+", default=list(_WORK), choices=list(_WORK))
+    command_line.add_argument(
         "--compile",
         nargs="*",
         default=list(_WORK),
         choices=list(_WORK),
         help="jobs to compile, for peaks of memory; training takes six minutes each",
     )
-    parser.add_argument("--results", type=Path, help="folder to write scaling.json, .md, .png to")
-    args = parser.parse_args(arguments)
+    args = command_line.parse_args(arguments)
     rows = []
     for job in args.jobs:
         for layout in _TOPOLOGIES:
@@ -130,4 +128,4 @@ def _draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

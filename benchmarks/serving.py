@@ -3,7 +3,7 @@
 `python -m benchmarks.serving --results benchmarks/results`.
 """
 
-import argparse
+import itertools
 import json
 import os
 import random
@@ -23,6 +23,7 @@ import httpx2
 import numpy as np
 import openai
 
+from benchmarks import arguments
 from benchmarks.commands import add_model, prepare_for
 from benchmarks.output import own_command, write_results
 from train.data import Data
@@ -149,11 +150,11 @@ def soak(url: str, pid: int, prompts: list[list[int]]) -> dict[str, Any]:
                 memory.append(_resident_mib(pid))
             if chance < _MALFORMED:
                 return _refused(client, _MALFORMATIONS[until % len(_MALFORMATIONS)])
-            if chance < _MALFORMED + _CANCELLED:
-                return (
-                    "cancelled" if ask(client, prompts[kind], kind, until) is None else "answered"
-                )
-            answer, known = ask(client, prompts[kind], kind), expected[kind]
+            leaves = chance < _MALFORMED + _CANCELLED
+            answer = ask(client, prompts[kind], kind, until if leaves else None)
+            if answer is None and leaves:
+                return "cancelled"
+            known = expected[kind]
             if answer is None or known is None or answer.text != known.text:
                 raise SystemExit(f"request {number} was answered otherwise than alone")
             return "answered"
@@ -217,16 +218,21 @@ def draw_plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def _num_asked(concurrency: int) -> int:
+    return 4 * concurrency + 8
+
+
 def run(model: Path, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Both parts, against one server."""
-    prompts = pick_prompts(folder, 128)
+    fresh = iter(pick_prompts(folder, 128 + sum(map(_num_asked, _CONCURRENCIES))))
+    prompts = list(itertools.islice(fresh, 128))
     with serving(model, "--slots", str(_SLOTS), "--served-model-name", "bench") as (url, pid):
         for concurrency in (_CONCURRENCIES[-1], 1):  # compiles what is needed
             measure(url, prompts[:32], concurrency)
         rows = []
         for concurrency in _CONCURRENCIES:
             # Others than before, lest their pages be found.
-            asked = pick_prompts(folder, 128 + 4 * concurrency + 8)[-(4 * concurrency + 8) :]
+            asked = list(itertools.islice(fresh, _num_asked(concurrency)))
             rows.append(measure(url, asked, concurrency))
             print(json.dumps(rows[-1]), flush=True)
         found = soak(url, pid, prompts)
@@ -236,10 +242,9 @@ def run(model: Path, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]
 
 def main() -> int:
     """Measures, checks, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_model(parser)
-    parser.add_argument("--results", type=Path, help="folder to write to")
-    args = parser.parse_args()
+    command_line = arguments.parser(__doc__)
+    add_model(command_line)
+    args = command_line.parse_args()
     prepare_for(args.model, args.data)
     rows, soaked = run(args.model, args.data)
     names = [name for name in rows[0] if name not in ("concurrency", "requests")]
@@ -263,10 +268,10 @@ def main() -> int:
     print("\n".join([*lines, "", summary]))
     if args.results is not None:
         command = own_command("serving")
-        draw_plot(rows, args.results / "serving.png")
         write_results(args.results, "serving", command, [*rows, soaked], [*lines, "", summary])
+        draw_plot(rows, args.results / "serving.png")
     return 1 if growth > 0.05 else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run(main)

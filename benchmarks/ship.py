@@ -3,14 +3,14 @@
 `python -m benchmarks.ship --folder build/training`, after `benchmarks.cpu_small` there.
 """
 
-import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
+from benchmarks.arguments import run
 from benchmarks.commands import run_command
 from benchmarks.runs import Run
+from glm5_jax.console import Parser
 from train.claim import RUN_NAME
 from train.metrics import METRICS_NAME, read_metrics
 
@@ -60,7 +60,7 @@ def _num_parameters(checkpoint: Path) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Publishes the last checkpoint of the run under a new folder."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("build/training"))
     parser.add_argument("--run", default="cpu-small", help="its name in the folder")
     parser.add_argument("--to", type=Path, default=Path("glm5_jax/models/tiny"))
@@ -75,4 +75,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

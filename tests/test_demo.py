@@ -3,6 +3,14 @@ import json
 import pytest
 
 from benchmarks.demo import PROMPTS, main
+from glm5_jax.errors import InputError
+
+
+def test_a_folder_of_another_thing_is_left_alone(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(InputError, match="is not of a demo, expected a new folder"):
+        main(["--folder", str(tmp_path)])
+    assert (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import agreement, contest, plans, processors, readme, speed
+from benchmarks import agreement, contest, plans, processors, readme, scaling, speed
 from benchmarks.agreement import gaps, judged
 from benchmarks.arguments import run
 from benchmarks.contest import Failed, Program, contender, take_turns
@@ -235,6 +235,8 @@ def test_the_readme_has_the_tables_that_were_measured():
         (speed, ["--cores", "4096"], "argument --cores: is '4096', expected an integer from 1 to"),
         (speed, ["--only", "prefil float"], "--only 'prefil float': no row begins so, expected"),
         (plans, ["--only", "v7:1x1"], "--only 'v7:1x1': in no plan's command, expected part of"),
+        (speed, ["--results", __file__], "test_speed.py', expected a folder that can be written"),
+        (scaling, ["--preset", "glm-6"], "glm-6"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(benchmark, arguments, why, capsys, monkeypatch):
