@@ -28,7 +28,9 @@ _WAYS = {"greedy": Sampling(), "temperature 0.7": Sampling(temperature=0.7, top_
 
 def make_engines(directory: Path, counts: Sequence[int]) -> dict[int, Engine]:
     """Engines of a model, by the number of drafts."""
-    num_tokens, model = Tokenizer(directory).num_tokens, load_model(directory)
+    num_tokens = Tokenizer(directory).num_tokens
+    # In bfloat16 rounding would decide between tokens, and texts differ that are to be the same.
+    model = load_model(directory, "float32")
     return {
         drafts: Engine(model, slots=1, context=1024, num_tokens=num_tokens, draft_tokens=drafts)
         for drafts in counts
