@@ -46,6 +46,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def devices() -> None:
+    """Finds them all, lest a test that plans for two GPUs comes first and is given two."""
+    jax.devices()
+
+
 @pytest.fixture(autouse=True)
 def promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     marked = request.node.get_closest_marker("standard_promotion")

@@ -253,13 +253,8 @@ def empty_state(build: Build, batch: int, num_pages: int, page_size: int) -> Sta
     Args:
       num_pages: of all shards of the batch together.
     """
-    return _creator(build, batch, num_pages, page_size)()
-
-
-@functools.cache
-def _creator(build: Build, batch: int, num_pages: int, page_size: int) -> Callable[[], State]:
     create = functools.partial(_create, build, batch, num_pages, page_size)
-    return jax.jit(create, out_shardings=_formats(build))
+    return jax.jit(create, out_shardings=_formats(build))()
 
 
 def abstract_state(build: Build, batch: int, num_pages: int, page_size: int) -> State:
