@@ -117,6 +117,16 @@ def contender(
         process.kill()
 
 
+def output_of(make: Maker, *arguments: Any, cores: int | None = None) -> np.ndarray:
+    """What a program computes, in a process that is there for this only.
+
+    Raises:
+      Failed: it could not be made.
+    """
+    with contender(make, *arguments, cores=cores) as each:
+        return each.output
+
+
 def _receive(connection: Connection) -> Any:
     try:
         failed, answer = connection.recv()

@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks import ours, peer
 from benchmarks.agreement import gaps_by_position
 from benchmarks.arguments import parser, run
-from benchmarks.contest import contender
+from benchmarks.contest import output_of
 from benchmarks.output import own_command, write_results
 from benchmarks.peer import Setting
 from benchmarks.workload import Work, checkpoint
@@ -45,13 +45,9 @@ def gaps_of(length: int, prompt: int) -> tuple[np.ndarray, np.ndarray]:
     work = Work("prefill", "bench", "float32", 1, length, prompt)
     where = checkpoint(work.preset)
 
-    def output(*maker: Any) -> np.ndarray:
-        with contender(*maker) as each:
-            return each.output
-
-    exact = output(peer.make, where, work._replace(dtype="float64"), Setting(), True)
-    theirs = output(peer.make, where, work, Setting(), True)
-    mine = output(ours.make, where, work)
+    exact = output_of(peer.make, where, work._replace(dtype="float64"), Setting(), True)
+    theirs = output_of(peer.make, where, work, Setting(), True)
+    mine = output_of(ours.make, where, work)
     return gaps_by_position(theirs, exact), gaps_by_position(mine, exact)
 
 

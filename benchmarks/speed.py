@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks import ours, peer
 from benchmarks.agreement import judged
 from benchmarks.arguments import MISSED, add_cores, parser, run
-from benchmarks.contest import Failed, Result, contender, take_turns
+from benchmarks.contest import Failed, Result, contender, output_of, take_turns
 from benchmarks.output import RESULTS, commit, describe_machine, own_command, write_results
 from benchmarks.peer import Setting
 from benchmarks.workload import Work, checkpoint
@@ -100,8 +100,7 @@ def measure(row: Row, setting: Setting, cores: int) -> dict[str, Any]:
         # Its grouped_mm has no float64.
         plain = Setting() if dtype == "float64" else setting._replace(compiled=False)
         exact = work._replace(dtype=dtype)
-        with contender(peer.make, where, exact, plain, True, cores=cores) as each:
-            return each.output
+        return output_of(peer.make, where, exact, plain, True, cores=cores)
 
     laps = list(zip(theirs.laps, mine.laps, strict=True))  # each two side by side
     return {
@@ -241,6 +240,8 @@ def _measured_here(folder: Path, cores: int) -> dict[Work, dict[str, Any]]:
                 "expected another --results, or no such file, to measure anew"
             )
     for row in report["rows"]:
+        if "agrees" not in row:
+            raise InputError(f"{path}: is of an earlier version of this benchmark, expected none")
         if row["cores"] != cores:
             raise InputError(
                 f"{path}: was measured with --cores {row['cores']}, expected the same, not {cores}"

@@ -140,7 +140,7 @@ def verdicts(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
     ]
     if _PEER in rows:
         said.append(
-            f"Tokens per CPU second, here over MaxText's fastest: {_times(rows['MaxText']):.1f} "
+            f"Tokens per CPU second, here over MaxText's fastest: {_times(rows[_PEER]):.1f} "
             f"(goal {_GOAL:g})."
         )
     return said

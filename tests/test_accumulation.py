@@ -97,7 +97,7 @@ def assert_same_update(actual, expected):
         )
 
 
-@pytest.mark.parametrize("microbatches", [4, 8])
+@pytest.mark.parametrize("microbatches", [2, 4, 8])
 def test_microbatches_add_up_to_the_batch(microbatches):
     """Though each has its own number of tokens, documents and padding."""
     assert_same_update(updated("packed", microbatches=microbatches), updated("packed"))

@@ -280,9 +280,9 @@ def test_a_row_that_fails_does_not_end_the_others(monkeypatch, capsys):
 def earlier(tmp_path):
     """Writes rows as if they were measured here, but for some facts; returns the file."""
 
-    def write(cores=1, **machine):
+    def write(cores=1, is_new=True, **machine):
         row = {**Work("prefill", "bench", "float32", 1, 512)._asdict(), "cores": cores}
-        row["setting"] = Setting("sdpa")._asdict()
+        row |= {"setting": Setting("sdpa")._asdict(), **({"agrees": True} if is_new else {})}
         report = {"machine": describe_machine(*speed._PACKAGES) | machine, "rows": [row]}
         (tmp_path / "speed.json").write_text(json.dumps(report))
         return tmp_path / "speed.json"
@@ -296,6 +296,7 @@ def earlier(tmp_path):
         ({"processor": "abacus"}, "was measured with processor abacus, here it is"),
         ({"torch": "1.0"}, "was measured with torch 1.0, here it is"),
         ({"cores": 3}, "was measured with --cores 3, expected the same, not 1"),
+        ({"is_new": False}, "is of an earlier version of this benchmark"),
         (None, "speed.json: not valid JSON"),
     ],
 )
